@@ -1,0 +1,3 @@
+//! The control socket: a Varlink interface, `org.criu.ImageRelay`, and its client.
+
+pub mod model;

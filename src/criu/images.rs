@@ -1,0 +1,142 @@
+//! The format of CRIU's image files, as far as the relay has to know it: enough to tell an image
+//! that is whole from one that was cut short.
+//!
+//! An image is one or two 32-bit magic numbers and then records, each a 32-bit length and a
+//! protobuf message (`criu/protobuf.c`, <https://criu.org/Images>). Some are raw, and some carry
+//! raw bytes between their records (`criu/image-desc.c`, `lib/pycriu/images/images.py`).
+
+use std::io::{self, Read, Seek, SeekFrom};
+
+/// The image that a dump writes last, and only on success.
+pub const INVENTORY: &str = "inventory.img";
+
+/// Images that start with this have a second magic number of their own (`criu/include/magic.h`).
+const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
+/// The same for images that only tools read.
+const IMG_SERVICE_MAGIC: u32 = 0x5510_5940;
+
+/// The images that are records from their magic number to their end, without `.img` and the number
+/// of their task or namespace. Raw images, those with raw bytes between their records, and those
+/// that a later CRIU or a plugin may write are not judged.
+#[rustfmt::skip]
+const RECORDS: [&str; 48] = [
+    "apparmor", "binfmt-misc", "bpfmap-file", "cgroup", "core", "cpuinfo", "creds", "eventfd",
+    "eventpoll", "eventpoll-tfd", "ext-files", "fanotify", "fanotify-mark", "fdinfo", "fifo",
+    "filelocks", "files", "fs", "ids", "inetsk", "inotify", "inotify-wd", "inventory",
+    "ipcns-var", "itimers", "memfd", "mm", "mountpoints", "netdev", "netlinksk", "netns",
+    "ns-files", "packetsk", "pagemap", "pagemap-shmem", "pidns", "pipes", "posix-timers",
+    "pstree", "reg-files", "remap-fpath", "rlimit", "seccomp", "sigacts", "signalfd", "timens",
+    "timerfd", "unixsk",
+];
+
+/// Whether an image of that name is records from its magic number to its end.
+pub fn is_records(name: &str) -> bool {
+    let Some(stem) = name.strip_suffix(".img") else { return false };
+    let kind = stem.trim_end_matches(|digit: char| digit.is_ascii_digit());
+    let kind = if kind.len() < stem.len() { kind.strip_suffix('-').unwrap_or(kind) } else { kind };
+    RECORDS.contains(&kind)
+}
+
+/// Why an image is not whole.
+#[derive(Debug, thiserror::Error)]
+pub enum CutShort {
+    /// It ends before or within its magic numbers.
+    #[error("it ends within its magic number, at byte {0}")]
+    Magic(u64),
+    /// A record's length is cut, or its record is.
+    #[error("the record at byte {at} needs {needed} bytes more than the image has")]
+    Record {
+        /// Where the record begins, in bytes from the image's start.
+        at: u64,
+        /// How many bytes are missing.
+        needed: u64,
+    },
+    /// It could not be read.
+    #[error("it cannot be read: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Walks the records of an image of `len` bytes, and returns how many there are. Reads lengths
+/// only; the records are skipped.
+pub fn check_records(image: &mut (impl Read + Seek), len: u64) -> Result<u64, CutShort> {
+    let mut at = 4;
+    if len < at {
+        return Err(CutShort::Magic(len));
+    }
+    let magic = read_u32(image, 0)?;
+    if magic == IMG_COMMON_MAGIC || magic == IMG_SERVICE_MAGIC {
+        at += 4;
+        if len < at {
+            return Err(CutShort::Magic(len));
+        }
+    }
+    let mut records = 0;
+    while at < len {
+        if len - at < 4 {
+            return Err(CutShort::Record { at, needed: 4 - (len - at) });
+        }
+        let end = at + 4 + u64::from(read_u32(image, at)?);
+        if end > len {
+            return Err(CutShort::Record { at, needed: end - len });
+        }
+        at = end;
+        records += 1;
+    }
+    Ok(records)
+}
+
+fn read_u32(image: &mut (impl Read + Seek), at: u64) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    image.seek(SeekFrom::Start(at))?;
+    image.read_exact(&mut bytes)?;
+    Ok(u32::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Cursor;
+
+    fn image(records: &[&[u8]]) -> Vec<u8> {
+        let mut bytes = IMG_COMMON_MAGIC.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&0x5831_3116u32.to_le_bytes());
+        for record in records {
+            bytes.extend_from_slice(&u32::try_from(record.len()).unwrap().to_le_bytes());
+            bytes.extend_from_slice(record);
+        }
+        bytes
+    }
+
+    fn check(bytes: &[u8]) -> Result<u64, CutShort> {
+        check_records(&mut Cursor::new(bytes), bytes.len() as u64)
+    }
+
+    #[test]
+    fn every_cut_but_those_between_records_is_seen() {
+        let whole = image(&[b"one", b"", b"three"]);
+        assert_eq!(check(&whole).unwrap(), 3);
+        let between = [8, 15, 19, whole.len()];
+        for cut in 0..=whole.len() {
+            assert_eq!(check(&whole[..cut]).is_ok(), between.contains(&cut), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_image_is_a_cut() {
+        let mut bytes = image(&[]);
+        bytes.extend_from_slice(&[0xff; 4]);
+        let error = check(&bytes).unwrap_err().to_string();
+        assert_eq!(error, "the record at byte 8 needs 4294967295 bytes more than the image has");
+    }
+
+    #[test]
+    fn raw_and_mixed_images_are_not_judged_as_records() {
+        for name in ["pages-1.img", "tmpfs-52.tar.gz.img", "sk-queues.img", "iptables-9.img"] {
+            assert!(!is_records(name), "{name}");
+        }
+        for name in ["inventory.img", "core-7.img", "pagemap-shmem-2.img", "netns-9.img"] {
+            assert!(is_records(name), "{name}");
+        }
+        assert!(!is_records("something-new.img"));
+    }
+}

@@ -1,0 +1,156 @@
+//! The messages of `criu --stream`: a 32-bit little-endian length and a protobuf message, as CRIU's
+//! `img-streamer.c` sends and expects them.
+
+use prost::Message;
+
+use super::generated;
+
+/// The socket in the work-dir that a dump connects to.
+pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";
+/// The socket in the work-dir that a restore connects to.
+pub const SERVE_SOCKET: &str = "streamer-serve.sock";
+
+/// The length before each message, in bytes.
+pub const HEADER_LEN: usize = 4;
+/// No request is longer than this, in bytes.
+pub const REQUEST_MAX: usize = 4096;
+/// No image name is longer than this, in bytes: it has to work as a file name.
+pub const NAME_MAX: usize = 255;
+
+/// What is wrong with a request. The session ends; nothing else does.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadRequest {
+    /// The announced length is over the limit. Nothing was allocated for it.
+    #[error("a request of {0} bytes; at most {REQUEST_MAX} are accepted")]
+    TooLong(usize),
+    /// It does not decode.
+    #[error("a request that is not a protobuf img_streamer_request_entry: {0}")]
+    NotARequest(String),
+    /// The image name cannot be a file's name.
+    #[error("a bad image name {name:?}: {why}")]
+    BadName {
+        /// The name as it came.
+        name: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+}
+
+/// Decodes the length that precedes a request.
+pub fn request_len(header: [u8; HEADER_LEN]) -> Result<usize, BadRequest> {
+    let len = u32::from_le_bytes(header) as usize;
+    if len > REQUEST_MAX { Err(BadRequest::TooLong(len)) } else { Ok(len) }
+}
+
+/// Decodes a request, without its length: the name of the image that CRIU opens.
+pub fn decode_request(message: &[u8]) -> Result<String, BadRequest> {
+    let request = generated::Request::decode(message)
+        .map_err(|error| BadRequest::NotARequest(error.to_string()))?;
+    check_name(&request.filename)?;
+    Ok(request.filename)
+}
+
+/// Encodes a request with its length, as CRIU does.
+pub fn encode_request(filename: &str) -> Vec<u8> {
+    with_len(&generated::Request { filename: filename.to_owned() })
+}
+
+/// Encodes the answer to a restore's request, with its length.
+pub fn encode_reply(exists: bool) -> Vec<u8> {
+    with_len(&generated::Reply { exists })
+}
+
+/// Decodes a reply, without its length.
+pub fn decode_reply(message: &[u8]) -> Result<bool, prost::DecodeError> {
+    Ok(generated::Reply::decode(message)?.exists)
+}
+
+fn with_len(message: &impl Message) -> Vec<u8> {
+    let len = u32::try_from(message.encoded_len()).unwrap_or(u32::MAX);
+    let mut bytes = len.to_le_bytes().to_vec();
+    bytes.extend_from_slice(&message.encode_to_vec());
+    bytes
+}
+
+/// Checks a name that a peer gave for an image or a snapshot: it must be usable as the name of a
+/// file in one directory, since `extract` makes it one.
+pub fn check_name(name: &str) -> Result<(), BadRequest> {
+    let why = if name.is_empty() {
+        "it is empty"
+    } else if name.len() > NAME_MAX {
+        "it is longer than 255 bytes"
+    } else if name.contains('/') {
+        "it contains a slash"
+    } else if name.contains("..") {
+        "it contains two dots in a row"
+    } else if name == "." {
+        "it names a directory"
+    } else if name.chars().any(char::is_control) {
+        "it contains a NUL or another control character"
+    } else {
+        return Ok(());
+    };
+    Err(BadRequest::BadName { name: shown(name), why })
+}
+
+/// As much of a refused name as belongs into a log line.
+fn shown(name: &str) -> String {
+    name.chars().take(64).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_bytes_are_what_criu_sends_and_expects() {
+        assert_eq!(encode_request("core-7.img"), b"\x0c\0\0\0\x0a\x0acore-7.img");
+        assert_eq!(encode_reply(true), b"\x02\0\0\0\x08\x01");
+        assert_eq!(encode_reply(false), b"\x02\0\0\0\x08\0");
+        assert_eq!(decode_request(b"\x0a\x0acore-7.img").unwrap(), "core-7.img");
+        assert!(decode_reply(b"\x08\x01").unwrap());
+    }
+
+    #[test]
+    fn the_longest_request_is_4_kib() {
+        assert_eq!(request_len(4096u32.to_le_bytes()), Ok(4096));
+        assert_eq!(request_len(4097u32.to_le_bytes()), Err(BadRequest::TooLong(4097)));
+        assert_eq!(request_len([0xff; 4]), Err(BadRequest::TooLong(u32::MAX as usize)));
+    }
+
+    #[test]
+    fn names_that_could_leave_a_directory_are_refused() {
+        for bad in ["", ".", "..", "a/b", "/etc/passwd", "../x", "a..b", "a\0b", "a\nb"] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        assert!(check_name(&"x".repeat(256)).is_err());
+        assert!(check_name(&"x".repeat(255)).is_ok());
+        for good in ["core-7.img", "pages-1.img", "tmpfs-dev-52.tar.gz.img"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+    }
+
+    #[test]
+    fn a_request_without_a_name_or_with_torn_bytes_is_refused() {
+        assert!(matches!(decode_request(b""), Err(BadRequest::BadName { .. })));
+        assert!(matches!(decode_request(b"\x0a\x0acore"), Err(BadRequest::NotARequest(_))));
+        assert!(matches!(decode_request(b"\x0a\x01\xff"), Err(BadRequest::NotARequest(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn a_request_survives_the_way(name in "[a-z0-9][a-z0-9-]{0,60}\\.img") {
+            let bytes = encode_request(&name);
+            let len = request_len(bytes[..4].try_into().unwrap()).unwrap();
+            prop_assert_eq!(len, bytes.len() - 4);
+            prop_assert_eq!(decode_request(&bytes[4..]).unwrap(), name);
+        }
+
+        #[test]
+        fn no_bytes_make_the_decoder_panic(bytes: Vec<u8>) {
+            let _ = decode_request(&bytes);
+            let _ = decode_reply(&bytes);
+        }
+    }
+}

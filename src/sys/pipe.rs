@@ -1,0 +1,212 @@
+//! Pipes and splice: how image bytes travel without entering user space.
+//!
+//! Every splice here is non-blocking. "Not yet" is [`io::ErrorKind::WouldBlock`], and each caller
+//! arranges its two ends so that only one of them can be the cause.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::pipe::{
+    PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A new pipe holds this many bytes (pipe(7)).
+pub const DEFAULT_CAPACITY: usize = 64 << 10;
+
+/// A private pipe through which one lane passes its payload. It is empty between frames.
+#[derive(Debug)]
+pub struct Pipe {
+    /// Where bytes come out.
+    pub out: OwnedFd,
+    /// Where bytes go in.
+    pub into: OwnedFd,
+    capacity: usize,
+}
+
+impl Pipe {
+    /// Makes a pipe of `capacity` bytes, or of what the kernel grants: an unprivileged user gets
+    /// 64 pipes of 1 MiB and small ones after that (`pipe-user-pages-soft`, pipe(7)).
+    pub fn new(capacity: usize) -> io::Result<Pipe> {
+        let (out, into) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        grow(&into, capacity);
+        let capacity = fcntl_getpipe_size(&into)?;
+        Ok(Pipe { out, into, capacity })
+    }
+
+    /// How many bytes fit, when every page of them is full.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+}
+
+/// Grows a pipe. A refusal (EPERM over the user's limit, EBUSY) costs speed and nothing else, so it
+/// is not an error.
+pub fn grow(pipe: impl AsFd, capacity: usize) {
+    if fcntl_getpipe_size(&pipe).is_ok_and(|now| now < capacity) {
+        let _ = fcntl_setpipe_size(&pipe, capacity);
+    }
+}
+
+/// Moves at most `len` bytes from one descriptor to another, one of which is a pipe. 0 is the end
+/// of the source.
+pub fn transfer(from: impl AsFd, to: impl AsFd, len: usize) -> io::Result<usize> {
+    Ok(splice(from, None, to, None, len, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?)
+}
+
+/// Moves at most `len` bytes from a pipe to `offset` of a file, and moves `offset` on.
+pub fn transfer_to_file(
+    pipe: impl AsFd,
+    file: impl AsFd,
+    offset: &mut u64,
+    len: usize,
+) -> io::Result<usize> {
+    Ok(splice(pipe, None, file, Some(offset), len, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?)
+}
+
+/// Moves at most `len` bytes from `offset` of a file into a pipe, and moves `offset` on. 0 is the
+/// end of the file.
+pub fn transfer_from_file(
+    file: impl AsFd,
+    offset: &mut u64,
+    pipe: impl AsFd,
+    len: usize,
+) -> io::Result<usize> {
+    Ok(splice(file, Some(offset), pipe, None, len, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?)
+}
+
+/// What a descriptor was expected to be, and was not.
+#[derive(Debug, thiserror::Error)]
+pub enum NotThatEnd {
+    /// Something else than a pipe.
+    #[error("the descriptor passed is {0}, not a pipe")]
+    NotAPipe(&'static str),
+    /// The other end of a pipe.
+    #[error("the descriptor passed is the {0} end of a pipe, not the {1} end")]
+    WrongEnd(&'static str, &'static str),
+    /// It could not be looked at or registered.
+    #[error("the descriptor passed cannot be used: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// The read end of a pipe that CRIU writes an image into.
+#[derive(Debug)]
+pub struct PipeReader(AsyncFd<OwnedFd>);
+
+impl PipeReader {
+    /// Takes a descriptor from a peer, after checking that it is what it has to be.
+    ///
+    /// O_NONBLOCK is set on our own file description; CRIU's end is another one.
+    pub fn adopt(fd: OwnedFd) -> Result<PipeReader, NotThatEnd> {
+        check_end(&fd, OFlags::RDONLY)?;
+        Ok(PipeReader(AsyncFd::with_interest(fd, Interest::READABLE)?))
+    }
+
+    /// Waits until there is something to read, or the end.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await?.retain_ready();
+        Ok(())
+    }
+
+    /// Moves what is there, at most `len` bytes, into an empty pipe; 0 is the end of the image.
+    /// `WouldBlock` means that nothing is there yet.
+    pub fn transfer_to(&self, pipe: &Pipe, len: usize) -> io::Result<usize> {
+        self.0.try_io(Interest::READABLE, |fd| transfer(fd, &pipe.into, len))
+    }
+
+    /// Grows the pipe, see [`grow`].
+    pub fn grow(&self, capacity: usize) {
+        grow(self.0.get_ref(), capacity);
+    }
+}
+
+/// The write end of a pipe that CRIU reads an image from.
+#[derive(Debug)]
+pub struct PipeWriter(AsyncFd<OwnedFd>);
+
+impl PipeWriter {
+    /// Takes a descriptor from a peer, after checking that it is what it has to be.
+    pub fn adopt(fd: OwnedFd) -> Result<PipeWriter, NotThatEnd> {
+        check_end(&fd, OFlags::WRONLY)?;
+        Ok(PipeWriter(AsyncFd::with_interest(fd, Interest::WRITABLE)?))
+    }
+
+    /// Moves at most `len` bytes from `offset` of a file into the pipe, waiting for room. `EPIPE`
+    /// means that the reader has closed its end.
+    pub async fn transfer_from_file(
+        &self,
+        file: impl AsFd,
+        offset: &mut u64,
+        len: usize,
+    ) -> io::Result<usize> {
+        let transfer = |fd: &OwnedFd| transfer_from_file(&file, offset, fd, len);
+        self.0.async_io(Interest::WRITABLE, transfer).await
+    }
+
+    /// Grows the pipe, see [`grow`].
+    pub fn grow(&self, capacity: usize) {
+        grow(self.0.get_ref(), capacity);
+    }
+}
+
+fn check_end(fd: &OwnedFd, wanted: OFlags) -> Result<(), NotThatEnd> {
+    let kind = FileType::from_raw_mode(fstat(fd).map_err(io::Error::from)?.st_mode);
+    if kind != FileType::Fifo {
+        return Err(NotThatEnd::NotAPipe(describe(kind)));
+    }
+    let flags = fcntl_getfl(fd).map_err(io::Error::from)?;
+    let mode = flags & OFlags::ACCMODE;
+    if mode != wanted {
+        let name = |mode| if mode == OFlags::RDONLY { "read" } else { "write" };
+        return Err(NotThatEnd::WrongEnd(name(mode), name(wanted)));
+    }
+    fcntl_setfl(fd, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
+    Ok(())
+}
+
+fn describe(kind: FileType) -> &'static str {
+    match kind {
+        FileType::RegularFile => "a regular file",
+        FileType::Directory => "a directory",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice => "a character device",
+        FileType::BlockDevice => "a block device",
+        _ => "of an unknown kind",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pipe::pipe;
+
+    #[tokio::test]
+    async fn only_the_right_end_of_a_pipe_is_adopted() {
+        let (out, into) = pipe().unwrap();
+        let wrong = PipeReader::adopt(into).unwrap_err().to_string();
+        assert_eq!(wrong, "the descriptor passed is the write end of a pipe, not the read end");
+        assert!(PipeReader::adopt(out).is_ok());
+
+        let file = tempfile::tempfile().unwrap().into();
+        let wrong = PipeWriter::adopt(file).unwrap_err().to_string();
+        assert_eq!(wrong, "the descriptor passed is a regular file, not a pipe");
+    }
+
+    #[tokio::test]
+    async fn a_pipe_gives_its_bytes_then_its_end() {
+        let (out, into) = pipe().unwrap();
+        let reader = PipeReader::adopt(out).unwrap();
+        let lane = Pipe::new(DEFAULT_CAPACITY).unwrap();
+        let nothing = reader.transfer_to(&lane, 100).unwrap_err();
+        assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
+
+        rustix::io::write(&into, b"pages").unwrap();
+        reader.readable().await.unwrap();
+        assert_eq!(reader.transfer_to(&lane, 100).unwrap(), 5);
+        drop(into);
+        reader.readable().await.unwrap();
+        assert_eq!(reader.transfer_to(&lane, 100).unwrap(), 0);
+    }
+}

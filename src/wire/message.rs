@@ -1,0 +1,264 @@
+//! The messages of the link: the generated types of `proto/link.proto`, joined into one enum.
+
+use std::ops::RangeInclusive;
+
+use prost::Message as _;
+
+pub use super::generated::{
+    Goodbye, Hello, ImageBegin, ImageData, ImageEnd, KeepAlive, Kind, SnapshotAbort, SnapshotAck,
+    SnapshotBegin, SnapshotEnd, Welcome,
+};
+
+use super::frame::{Header, PAYLOAD_MAX};
+
+/// No reason in an abort or a goodbye is longer than this, in bytes.
+const REASON_MAX: usize = 1024;
+
+/// What one frame says, without its payload.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs)] // each variant is its type
+pub enum Message {
+    Hello(Hello),
+    Welcome(Welcome),
+    Goodbye(Goodbye),
+    KeepAlive(KeepAlive),
+    SnapshotBegin(SnapshotBegin),
+    SnapshotEnd(SnapshotEnd),
+    SnapshotAck(SnapshotAck),
+    SnapshotAbort(SnapshotAbort),
+    ImageBegin(ImageBegin),
+    ImageData(ImageData),
+    ImageEnd(ImageEnd),
+}
+
+/// Why a message is refused. The link ends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadMessage {
+    /// A kind that this version does not have.
+    #[error("a message of the unknown kind {0}")]
+    UnknownKind(u16),
+    /// The bytes are not that message.
+    #[error("a {0} that does not decode: {1}")]
+    Torn(&'static str, String),
+    /// The payload is not one that this kind may have.
+    #[error("a {0} with a payload of {1} bytes")]
+    Payload(&'static str, usize),
+}
+
+/// Applies `$do` to the message inside, whatever its type.
+macro_rules! with_inner {
+    ($message:expr, $inner:ident => $do:expr) => {
+        match $message {
+            Message::Hello($inner) => $do,
+            Message::Welcome($inner) => $do,
+            Message::Goodbye($inner) => $do,
+            Message::KeepAlive($inner) => $do,
+            Message::SnapshotBegin($inner) => $do,
+            Message::SnapshotEnd($inner) => $do,
+            Message::SnapshotAck($inner) => $do,
+            Message::SnapshotAbort($inner) => $do,
+            Message::ImageBegin($inner) => $do,
+            Message::ImageData($inner) => $do,
+            Message::ImageEnd($inner) => $do,
+        }
+    };
+}
+
+impl Message {
+    /// Its kind, as the header gives it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Message::Hello(_) => Kind::Hello,
+            Message::Welcome(_) => Kind::Welcome,
+            Message::Goodbye(_) => Kind::Goodbye,
+            Message::KeepAlive(_) => Kind::KeepAlive,
+            Message::SnapshotBegin(_) => Kind::SnapshotBegin,
+            Message::SnapshotEnd(_) => Kind::SnapshotEnd,
+            Message::SnapshotAck(_) => Kind::SnapshotAck,
+            Message::SnapshotAbort(_) => Kind::SnapshotAbort,
+            Message::ImageBegin(_) => Kind::ImageBegin,
+            Message::ImageData(_) => Kind::ImageData,
+            Message::ImageEnd(_) => Kind::ImageEnd,
+        }
+    }
+
+    /// An abort, its reason cut to what a message may hold.
+    pub fn abort(snapshot: u32, reason: &str) -> Message {
+        Message::SnapshotAbort(SnapshotAbort { snapshot, reason: cut(reason) })
+    }
+
+    /// A goodbye, its reason cut to what a message may hold.
+    pub fn goodbye(reason: &str) -> Message {
+        Message::Goodbye(Goodbye { reason: cut(reason) })
+    }
+
+    /// Encodes the header and the message; `payload_len` bytes of payload are to follow.
+    pub fn encode(&self, payload_len: usize) -> Vec<u8> {
+        let message_len = with_inner!(self, inner => inner.encoded_len());
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a small enum
+        let header = Header { kind: self.kind() as i32 as u16, message_len, payload_len };
+        let mut bytes = header.encode().to_vec();
+        bytes.reserve_exact(message_len);
+        // Encoding into a Vec only fails for want of room, and a Vec makes room.
+        with_inner!(self, inner => inner.encode_raw(&mut bytes));
+        bytes
+    }
+
+    /// Decodes the message that a header announced.
+    pub fn decode(header: Header, bytes: &[u8]) -> Result<Message, BadMessage> {
+        let kind = Kind::try_from(i32::from(header.kind))
+            .ok()
+            .filter(|kind| *kind != Kind::Unspecified)
+            .ok_or(BadMessage::UnknownKind(header.kind))?;
+        if !payload_range(kind).contains(&header.payload_len) {
+            return Err(BadMessage::Payload(kind.as_str_name(), header.payload_len));
+        }
+        let decoded = match kind {
+            Kind::Unspecified => return Err(BadMessage::UnknownKind(header.kind)),
+            Kind::Hello => Hello::decode(bytes).map(Message::Hello),
+            Kind::Welcome => Welcome::decode(bytes).map(Message::Welcome),
+            Kind::Goodbye => Goodbye::decode(bytes).map(Message::Goodbye),
+            Kind::KeepAlive => KeepAlive::decode(bytes).map(Message::KeepAlive),
+            Kind::SnapshotBegin => SnapshotBegin::decode(bytes).map(Message::SnapshotBegin),
+            Kind::SnapshotEnd => SnapshotEnd::decode(bytes).map(Message::SnapshotEnd),
+            Kind::SnapshotAck => SnapshotAck::decode(bytes).map(Message::SnapshotAck),
+            Kind::SnapshotAbort => SnapshotAbort::decode(bytes).map(Message::SnapshotAbort),
+            Kind::ImageBegin => ImageBegin::decode(bytes).map(Message::ImageBegin),
+            Kind::ImageData => ImageData::decode(bytes).map(Message::ImageData),
+            Kind::ImageEnd => ImageEnd::decode(bytes).map(Message::ImageEnd),
+        };
+        decoded.map_err(|error| BadMessage::Torn(kind.as_str_name(), error.to_string()))
+    }
+}
+
+/// Only image data has a payload, and it is never empty.
+fn payload_range(kind: Kind) -> RangeInclusive<usize> {
+    if kind == Kind::ImageData { 1..=PAYLOAD_MAX } else { 0..=0 }
+}
+
+fn cut(reason: &str) -> String {
+    let mut end = reason.len().min(REASON_MAX);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    reason[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::frame::HEADER_LEN;
+    use proptest::prelude::*;
+
+    fn decode(bytes: &[u8]) -> Result<Message, BadMessage> {
+        let header = Header::decode(bytes[..HEADER_LEN].try_into().unwrap()).unwrap();
+        Message::decode(header, &bytes[HEADER_LEN..HEADER_LEN + header.message_len])
+    }
+
+    /// One message of each kind, the payload announced with it, and its bytes on the wire.
+    fn golden() -> Vec<(Message, usize, &'static [u8])> {
+        vec![
+            (
+                Message::Hello(Hello { name: "a".into(), features: vec!["x".into()] }),
+                0,
+                b"\x01\0\x06\0\0\0\0\0\x0a\x01a\x12\x01x",
+            ),
+            (
+                Message::Welcome(Welcome { name: "b".into(), features: vec![] }),
+                0,
+                b"\x02\0\x03\0\0\0\0\0\x0a\x01b",
+            ),
+            (Message::goodbye("no"), 0, b"\x03\0\x04\0\0\0\0\0\x0a\x02no"),
+            (Message::KeepAlive(KeepAlive {}), 0, b"\x04\0\0\0\0\0\0\0"),
+            (
+                Message::SnapshotBegin(SnapshotBegin { snapshot: 1, id: "web".into() }),
+                0,
+                b"\x05\0\x07\0\0\0\0\0\x08\x01\x12\x03web",
+            ),
+            (
+                Message::SnapshotEnd(SnapshotEnd {
+                    snapshot: 1,
+                    complete: true,
+                    images: 2,
+                    bytes: 300,
+                }),
+                0,
+                b"\x06\0\x09\0\0\0\0\0\x08\x01\x10\x01\x18\x02\x20\xac\x02",
+            ),
+            (
+                Message::SnapshotAck(SnapshotAck { snapshot: 1, images: 2, bytes: 300 }),
+                0,
+                b"\x07\0\x07\0\0\0\0\0\x08\x01\x10\x02\x18\xac\x02",
+            ),
+            (Message::abort(1, "no"), 0, b"\x08\0\x06\0\0\0\0\0\x08\x01\x12\x02no"),
+            (
+                Message::ImageBegin(ImageBegin { snapshot: 1, image: 2, name: "fs-7.img".into() }),
+                0,
+                b"\x09\0\x0e\0\0\0\0\0\x08\x01\x10\x02\x1a\x08fs-7.img",
+            ),
+            (
+                Message::ImageData(ImageData { snapshot: 1, image: 2, offset: 300 }),
+                4096,
+                b"\x0a\0\x07\0\0\x10\0\0\x08\x01\x10\x02\x18\xac\x02",
+            ),
+            (
+                Message::ImageEnd(ImageEnd { snapshot: 1, image: 2, size: 300 }),
+                0,
+                b"\x0b\0\x07\0\0\0\0\0\x08\x01\x10\x02\x18\xac\x02",
+            ),
+        ]
+    }
+
+    #[test]
+    fn every_message_is_these_bytes() {
+        for (message, payload, bytes) in golden() {
+            assert_eq!(message.encode(payload), bytes, "{message:?}");
+            assert_eq!(decode(bytes).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn unknown_fields_are_passed_over() {
+        let bytes = b"\x0b\0\x09\0\0\0\0\0\x08\x01\x10\x02\x18\xac\x02\x48\x01";
+        let Message::ImageEnd(end) = decode(bytes).unwrap() else { panic!() };
+        assert_eq!(end.size, 300);
+    }
+
+    #[test]
+    fn unknown_kinds_wrong_payloads_and_torn_messages_are_refused_in_words() {
+        let refused = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
+        assert_eq!(refused(b"\x0c\0\0\0\0\0\0\0"), "a message of the unknown kind 12");
+        assert_eq!(refused(b"\0\0\0\0\0\0\0\0"), "a message of the unknown kind 0");
+        assert_eq!(refused(b"\x04\0\0\0\x01\0\0\0"), "a KEEP_ALIVE with a payload of 1 bytes");
+        assert_eq!(refused(b"\x0a\0\0\0\0\0\0\0"), "a IMAGE_DATA with a payload of 0 bytes");
+        let torn = refused(b"\x05\0\x02\0\0\0\0\0\x12\x09");
+        assert!(torn.starts_with("a SNAPSHOT_BEGIN that does not decode"), "{torn}");
+    }
+
+    #[test]
+    fn a_long_reason_is_cut_to_fit() {
+        let bytes = Message::abort(1, &"ö".repeat(5000)).encode(0);
+        let Message::SnapshotAbort(abort) = decode(&bytes).unwrap() else { panic!() };
+        assert_eq!(abort.reason.len(), REASON_MAX);
+    }
+
+    proptest! {
+        #[test]
+        fn names_and_numbers_survive_the_way(
+            snapshot: u32, image: u32, offset: u64, name in ".{0,200}", payload in 1..=PAYLOAD_MAX,
+        ) {
+            let begin = Message::ImageBegin(ImageBegin { snapshot, image, name });
+            prop_assert_eq!(decode(&begin.encode(0)).unwrap(), begin);
+            let data = Message::ImageData(ImageData { snapshot, image, offset });
+            prop_assert_eq!(decode(&data.encode(payload)).unwrap(), data);
+        }
+
+        #[test]
+        fn no_bytes_make_the_decoder_panic(
+            kind in 0u16..20, payload_len in 0usize..10, bytes: Vec<u8>,
+        ) {
+            let header = Header { kind, message_len: bytes.len(), payload_len };
+            let _ = Message::decode(header, &bytes);
+        }
+    }
+}
