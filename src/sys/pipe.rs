@@ -101,7 +101,9 @@ impl PipeReader {
     /// O_NONBLOCK is set on our own file description; CRIU's end is another one.
     pub fn adopt(fd: OwnedFd) -> Result<PipeReader, NotThatEnd> {
         check_end(&fd, OFlags::RDONLY)?;
-        Ok(PipeReader(AsyncFd::with_interest(fd, Interest::READABLE)?))
+        Ok(PipeReader(
+            AsyncFd::register_with_interest(fd, Interest::READABLE).map_err(io::Error::from)?,
+        ))
     }
 
     /// Waits until there is something to read, or the end.
@@ -130,7 +132,9 @@ impl PipeWriter {
     /// Takes a descriptor from a peer, after checking that it is what it has to be.
     pub fn adopt(fd: OwnedFd) -> Result<PipeWriter, NotThatEnd> {
         check_end(&fd, OFlags::WRONLY)?;
-        Ok(PipeWriter(AsyncFd::with_interest(fd, Interest::WRITABLE)?))
+        Ok(PipeWriter(
+            AsyncFd::register_with_interest(fd, Interest::WRITABLE).map_err(io::Error::from)?,
+        ))
     }
 
     /// Moves at most `len` bytes from `offset` of a file into the pipe, waiting for room. `EPIPE`

@@ -6,8 +6,8 @@
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{env, fs, process, thread};
 
@@ -32,8 +32,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let asked = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&asked))?;
     for _ in 0..options.threads {
-        thread::spawn(|| loop {
-            thread::sleep(Duration::from_millis(10));
+        thread::spawn(|| {
+            loop {
+                thread::sleep(Duration::from_millis(10));
+            }
         });
     }
 

@@ -1,0 +1,104 @@
+//! What is printed reads back as the same settings, whatever they are.
+
+use super::*;
+use proptest::prelude::*;
+use std::time::Duration;
+
+const PATH: &str = "test.toml";
+
+fn span() -> impl Strategy<Value = Duration> {
+    (1_000..=100 * 31_557_600_000_000u64).prop_map(Duration::from_micros)
+}
+
+fn count() -> impl Strategy<Value = u64> {
+    1..=10_000_000u64
+}
+
+fn level() -> impl Strategy<Value = tracing::Level> {
+    proptest::sample::select(vec![
+        tracing::Level::ERROR,
+        tracing::Level::WARN,
+        tracing::Level::INFO,
+        tracing::Level::DEBUG,
+        tracing::Level::TRACE,
+    ])
+}
+
+fn keep() -> impl Strategy<Value = Keep> {
+    prop_oneof![Just(Keep::Taken), Just(Keep::Dropped), span().prop_map(Keep::For)]
+}
+
+fn address() -> impl Strategy<Value = String> {
+    prop_oneof!["[a-z0-9][a-z0-9.-]{0,20}:[1-9][0-9]{0,3}", Just("[::1]:9996".to_owned())]
+}
+
+prop_compose! {
+    fn sessions()(
+        max in count(), request_timeout in span(), stall_timeout in span(),
+        pipe_size in 4096..=1u64 << 30,
+    ) -> SessionSettings {
+        SessionSettings { max, request_timeout, stall_timeout, pipe_size }
+    }
+}
+
+prop_compose! {
+    fn link()(
+        connect_timeout in span(), give_up_after in span(), keep_alive in span(),
+        ack_timeout in span(), max_chunk in 64 << 10..=16u64 << 20,
+    ) -> LinkSettings {
+        LinkSettings { connect_timeout, give_up_after, keep_alive, ack_timeout, max_chunk }
+    }
+}
+
+prop_compose! {
+    fn store()(
+        max_bytes in 64 << 10..=4u64 << 60, keep in keep(), keep_damaged in span(),
+        quota_wait in span(), max_images in count(), max_snapshots in count(),
+    ) -> StoreSettings {
+        StoreSettings { max_bytes, keep, keep_damaged, quota_wait, max_images, max_snapshots }
+    }
+}
+
+prop_compose! {
+    fn proxy()(
+        cache in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}", name in "[a-z._-]{0,64}",
+        allow_uids in proptest::collection::vec(0..u32::MAX, 0..4),
+        link in link(), sessions in sessions(), level in level(),
+    ) -> ProxySettings {
+        let log = LogSettings { level };
+        let work_dir = work_dir.into();
+        ProxySettings { cache, insecure, work_dir, name, allow_uids, link, sessions, log }
+    }
+}
+
+prop_compose! {
+    fn cache()(
+        listen in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}",
+        allow_uids in proptest::collection::vec(0..u32::MAX, 0..4), store in store(),
+        (keep_alive, hello_timeout, max) in (span(), span(), count()),
+        sessions in sessions(), level in level(),
+    ) -> CacheSettings {
+        let (log, work_dir) = (LogSettings { level }, work_dir.into());
+        let link = CacheLinkSettings { keep_alive, hello_timeout, max };
+        CacheSettings { listen, insecure, work_dir, allow_uids, store, link, sessions, log }
+    }
+}
+
+proptest! {
+    #[test]
+    fn printed_proxy_settings_read_back(settings in proxy()) {
+        let text = settings.to_toml();
+        prop_assert_eq!(ProxySettings::parse(&text, Path::new(PATH)).unwrap(), settings);
+    }
+
+    #[test]
+    fn printed_cache_settings_read_back(settings in cache()) {
+        let text = settings.to_toml();
+        prop_assert_eq!(CacheSettings::parse(&text, Path::new(PATH)).unwrap(), settings);
+    }
+
+    #[test]
+    fn no_text_makes_it_panic(text in "[a-z\\[\\]=\"\n .1-9\u{e4}-\u{fc}]{0,60}") {
+        let _ = CacheSettings::parse(&text, Path::new(PATH));
+    }
+}

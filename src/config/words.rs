@@ -1,0 +1,137 @@
+//! The values that are no quantities: flags, addresses, names, paths, log levels.
+
+use super::{LINK_PORT, syntax::Syntax};
+use serde::Serializer;
+use std::{
+    fmt,
+    net::SocketAddrV6,
+    path::{Path, PathBuf},
+};
+use tracing::Level;
+
+/// Yes or no.
+pub(super) struct Flag;
+
+impl Syntax for Flag {
+    type Value = bool;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("true or false, without quotes")
+    }
+
+    fn from_bool(flag: bool) -> Option<bool> {
+        Some(flag)
+    }
+
+    fn write<S: Serializer>(flag: &bool, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_bool(*flag)
+    }
+}
+
+/// `HOST[:PORT]`; once read, always with its port.
+pub(super) struct HostPort;
+
+impl HostPort {
+    fn parse(text: &str) -> Option<String> {
+        if text.starts_with('[') {
+            let full =
+                if text.ends_with(']') { format!("{text}:{LINK_PORT}") } else { text.into() };
+            return full.parse::<SocketAddrV6>().ok().filter(|a| a.port() != 0).map(|_| full);
+        }
+        let (host, port) = match text.split_once(':') {
+            Some((host, port)) => (host, port.parse::<u16>().ok().filter(|p| *p != 0)?),
+            None => (text, LINK_PORT),
+        };
+        let fits = host.len() <= 253 && host.starts_with(|c: char| c.is_ascii_alphanumeric());
+        (fits && is_name(host)).then(|| format!("{host}:{port}"))
+    }
+}
+
+impl Syntax for HostPort {
+    type Value = String;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            r#"HOST or HOST:PORT, such as "host-b.example", "192.0.2.7:{LINK_PORT}" or "[2001:db8::7]:{LINK_PORT}""#
+        )
+    }
+
+    fn from_text(text: &str) -> Option<String> {
+        Self::parse(text)
+    }
+
+    fn write<S: Serializer>(address: &String, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(address)
+    }
+}
+
+/// The name a daemon gives itself; empty for the host's.
+pub(super) struct Name;
+
+impl Syntax for Name {
+    type Value = String;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            r#"at most 64 letters, digits, ".", "-" or "_", such as "host-a", or "" for the host's own name"#
+        )
+    }
+
+    fn from_text(text: &str) -> Option<String> {
+        (text.len() <= 64 && is_name(text)).then(|| text.into())
+    }
+
+    fn write<S: Serializer>(name: &String, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(name)
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+/// A directory to bind sockets in.
+pub(super) struct SocketDir;
+
+impl SocketDir {
+    /// The path of a unix socket has 107 bytes (unix(7)); this leaves 26 for a name.
+    const MAX: usize = 80;
+}
+
+impl Syntax for SocketDir {
+    type Value = PathBuf;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, r#"an absolute path of at most {} bytes, such as "/run/criu-image""#, Self::MAX)
+    }
+
+    fn from_text(text: &str) -> Option<PathBuf> {
+        let right =
+            Path::new(text).is_absolute() && text.len() <= Self::MAX && !text.contains('\0');
+        right.then(|| text.into())
+    }
+
+    fn write<S: Serializer>(path: &PathBuf, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&path.to_string_lossy())
+    }
+}
+
+impl Syntax for Level {
+    type Value = Self;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(r#""error", "warn", "info", "debug" or "trace""#)
+    }
+
+    fn from_text(text: &str) -> Option<Self> {
+        [Self::ERROR, Self::WARN, Self::INFO, Self::DEBUG, Self::TRACE]
+            .into_iter()
+            .find(|level| level.as_str().to_lowercase() == text)
+    }
+
+    fn write<S: Serializer>(level: &Self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&level.as_str().to_lowercase())
+    }
+}

@@ -1,0 +1,199 @@
+//! One TCP connection of a link: frames in and out, payload by splice.
+//!
+//! The two directions are used by different tasks. A [`Writer`] or [`Reader`] whose future was
+//! dropped in the middle of a frame is of no use any more; the link has to end.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::frame::{self, BadFrame, HEADER_LEN, Header, MESSAGE_MAX, PREFACE_LEN};
+use super::message::{BadMessage, Message};
+use crate::sys::pipe::{Pipe, transfer, transfer_to_file};
+
+/// Why a lane ends.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The peer closed it between two frames.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The peer closed it within a frame.
+    #[error("the connection ended in the middle of a frame")]
+    Torn,
+    /// Nothing came for that long.
+    #[error("nothing came from the peer for {0:?}")]
+    Silent(Duration),
+    /// See [`BadFrame`].
+    #[error("{0}")]
+    Frame(#[from] BadFrame),
+    /// See [`BadMessage`].
+    #[error("{0}")]
+    Message(#[from] BadMessage),
+    /// The connection failed, or the local end of a splice did.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Splits a connection into its two directions. `capacity` is the size of each direction's pipe in
+/// bytes; `patience` is how long the peer may be silent.
+pub fn split(
+    stream: TcpStream,
+    capacity: usize,
+    patience: Duration,
+) -> io::Result<(Reader, Writer)> {
+    stream.set_nodelay(true)?;
+    let stream = Arc::new(stream);
+    let reader = Reader { stream: stream.clone(), pipe: Pipe::new(capacity)?, patience };
+    Ok((reader, Writer { stream, pipe: Pipe::new(capacity)? }))
+}
+
+/// The outgoing direction.
+#[derive(Debug)]
+pub struct Writer {
+    stream: Arc<TcpStream>,
+    pipe: Pipe,
+}
+
+impl Writer {
+    /// Sends the preface.
+    pub async fn send_preface(&mut self) -> io::Result<()> {
+        self.send_bytes(&frame::preface(), SendFlags::empty()).await
+    }
+
+    /// Sends a message without payload.
+    pub async fn send(&mut self, message: &Message) -> io::Result<()> {
+        self.send_bytes(&message.encode(0), SendFlags::empty()).await
+    }
+
+    /// The pipe that the next payload is put into: it is empty now.
+    pub fn payload(&self) -> &Pipe {
+        &self.pipe
+    }
+
+    /// Sends a message, and as its payload the `len` bytes that are in [`payload`](Self::payload).
+    pub async fn send_payload(&mut self, message: &Message, mut len: usize) -> io::Result<()> {
+        // MORE joins the header with the payload in one segment.
+        self.send_bytes(&message.encode(len), SendFlags::MORE).await?;
+        while len > 0 {
+            // The pipe holds `len` bytes, so only the socket can say "not yet".
+            let sent = self
+                .stream
+                .async_io(Interest::WRITABLE, || transfer(&self.pipe.out, &self.stream, len))
+                .await?;
+            len -= sent;
+        }
+        Ok(())
+    }
+
+    async fn send_bytes(&mut self, mut bytes: &[u8], flags: SendFlags) -> io::Result<()> {
+        let flags = flags | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        while !bytes.is_empty() {
+            let sent = self
+                .stream
+                .async_io(Interest::WRITABLE, || Ok(send(&self.stream, bytes, flags)?))
+                .await?;
+            bytes = &bytes[sent..];
+        }
+        Ok(())
+    }
+}
+
+/// The incoming direction.
+#[derive(Debug)]
+pub struct Reader {
+    stream: Arc<TcpStream>,
+    pipe: Pipe,
+    patience: Duration,
+}
+
+impl Reader {
+    /// Receives and checks the preface.
+    pub async fn receive_preface(&mut self) -> Result<(), LaneError> {
+        let mut bytes = [0; PREFACE_LEN];
+        self.receive_exactly(&mut bytes, LaneError::Closed).await?;
+        Ok(frame::check_preface(bytes)?)
+    }
+
+    /// Receives the next message, and the length of the payload after it, which has to be taken by
+    /// [`payload_to_file`](Self::payload_to_file) or [`discard`](Self::discard) before the next.
+    pub async fn receive(&mut self) -> Result<(Message, usize), LaneError> {
+        // Reading no further than the header leaves the payload in the kernel, to be spliced.
+        let mut header = [0; HEADER_LEN];
+        self.receive_exactly(&mut header, LaneError::Closed).await?;
+        let header = Header::decode(header)?;
+        let mut bytes = [0; MESSAGE_MAX];
+        let bytes = &mut bytes[..header.message_len];
+        self.receive_exactly(bytes, LaneError::Torn).await?;
+        Ok((Message::decode(header, bytes)?, header.payload_len))
+    }
+
+    /// Moves `len` bytes of payload to the end of a file, where `offset` is.
+    pub async fn payload_to_file(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: &mut u64,
+        len: usize,
+    ) -> Result<(), LaneError> {
+        let mut left = len;
+        while left > 0 {
+            let mut filled = self.fill_pipe(left).await?;
+            left -= filled;
+            while filled > 0 {
+                filled -= transfer_to_file(&self.pipe.out, file, offset, filled)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops `len` bytes of payload.
+    pub async fn discard(&mut self, mut len: usize) -> Result<(), LaneError> {
+        let mut sink = vec![0; len.min(64 << 10)];
+        while len > 0 {
+            let room = sink.len().min(len);
+            self.receive_exactly(&mut sink[..room], LaneError::Torn).await?;
+            len -= room;
+        }
+        Ok(())
+    }
+
+    /// Moves what has come of the payload into the pipe, which is empty, so that only the socket
+    /// can say "not yet".
+    async fn fill_pipe(&mut self, len: usize) -> Result<usize, LaneError> {
+        let fill = self.stream.async_io(Interest::READABLE, || {
+            transfer(&self.stream, &self.pipe.into, len.min(self.pipe.capacity()))
+        });
+        match timeout(self.patience, fill).await {
+            Err(_) => Err(LaneError::Silent(self.patience)),
+            Ok(Ok(0)) => Err(LaneError::Torn),
+            Ok(filled) => Ok(filled?),
+        }
+    }
+
+    async fn receive_exactly(
+        &mut self,
+        bytes: &mut [u8],
+        at_start: LaneError,
+    ) -> Result<(), LaneError> {
+        let mut at_end = at_start;
+        let mut filled = 0;
+        while filled < bytes.len() {
+            let rest = &mut bytes[filled..];
+            let receive = self.stream.async_io(Interest::READABLE, || {
+                Ok(recv(&self.stream, &mut *rest, RecvFlags::DONTWAIT)?.0)
+            });
+            match timeout(self.patience, receive).await {
+                Err(_) => return Err(LaneError::Silent(self.patience)),
+                Ok(Ok(0)) => return Err(at_end),
+                Ok(received) => filled += received?,
+            }
+            at_end = LaneError::Torn;
+        }
+        Ok(())
+    }
+}

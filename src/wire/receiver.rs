@@ -1,0 +1,329 @@
+//! The cache's side of the link, without I/O: takes messages in, checks their order and counts, and
+//! says what to do about each.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::message::{ImageBegin, ImageData, ImageEnd, Message, SnapshotBegin, SnapshotEnd};
+use crate::criu::stream::check_name;
+
+/// What the cache has to do about a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing.
+    Nothing,
+    /// A snapshot begins.
+    Begin {
+        /// Its number on this link.
+        snapshot: u32,
+        /// Its id.
+        id: String,
+    },
+    /// An image begins.
+    BeginImage {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// The image's number in the snapshot.
+        image: u32,
+        /// CRIU's name for it.
+        name: String,
+    },
+    /// The payload belongs at the end of the image.
+    Append {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// The image's number in the snapshot.
+        image: u32,
+    },
+    /// The payload belongs to a snapshot that was given up: drop it.
+    Discard,
+    /// An image has ended.
+    EndImage {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// The image's number in the snapshot.
+        image: u32,
+    },
+    /// Everything has come that was announced.
+    Complete {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// How many images ended.
+        images: u64,
+        /// The sum of their sizes.
+        bytes: u64,
+    },
+    /// The snapshot cannot be completed. Unless the peer aborted it itself, it is told.
+    Damaged {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// Why.
+        reason: String,
+        /// Whether the peer knows, having said so itself.
+        by_peer: bool,
+    },
+    /// The peer ends the link, and says why.
+    Goodbye(String),
+}
+
+/// A peer that breaks the protocol: the link cannot be trusted and ends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// A message that this side never gets, or not now.
+    #[error("a {0} out of order")]
+    OutOfOrder(&'static str),
+    /// A number that was never begun, or has ended.
+    #[error("a {kind} for snapshot number {snapshot}, which is not under way")]
+    NoSuchSnapshot {
+        /// The message.
+        kind: &'static str,
+        /// The number it named.
+        snapshot: u32,
+    },
+    /// A number that is in use, or was.
+    #[error("snapshot number {0} begun twice on one link")]
+    SnapshotTwice(u32),
+    /// An image that was never begun, or has ended.
+    #[error("a {kind} for image number {image} of snapshot {id}, which is not open")]
+    NoSuchImage {
+        /// The message.
+        kind: &'static str,
+        /// The snapshot's id.
+        id: String,
+        /// The number it named.
+        image: u32,
+    },
+    /// An image number that is in use, or was.
+    #[error("image number {image} of snapshot {id} begun twice")]
+    ImageTwice {
+        /// The snapshot's id.
+        id: String,
+        /// The number.
+        image: u32,
+    },
+    /// Bytes that do not continue the image.
+    #[error("image {name} of snapshot {id} goes on at byte {offset}, but {expected} have come")]
+    Gap {
+        /// The snapshot's id.
+        id: String,
+        /// The image's name.
+        name: String,
+        /// Where the payload would belong.
+        offset: u64,
+        /// Where it should.
+        expected: u64,
+    },
+}
+
+/// The limits that a peer has to keep.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Images of one snapshot.
+    pub images: u64,
+    /// Snapshots under way at once on one link.
+    pub snapshots: usize,
+}
+
+/// The snapshots under way on one link.
+#[derive(Debug)]
+pub struct Receiver {
+    limits: Limits,
+    snapshots: BTreeMap<u32, Incoming>,
+    /// Numbers only grow, so that a late message can never be taken for another snapshot's.
+    next: u64,
+}
+
+#[derive(Debug)]
+enum Incoming {
+    Receiving(Counts),
+    /// This side gave it up; the peer may not know yet.
+    GivenUp,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    id: String,
+    open: HashMap<u32, OpenImage>,
+    next_image: u64,
+    images: u64,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+struct OpenImage {
+    name: String,
+    size: u64,
+}
+
+impl Receiver {
+    /// A receiver for a link on which nothing has come yet.
+    pub fn new(limits: Limits) -> Receiver {
+        Receiver { limits, snapshots: BTreeMap::new(), next: 0 }
+    }
+
+    /// Takes a message in. `payload_len` is what its header announced, in bytes.
+    pub fn receive(&mut self, message: Message, payload_len: usize) -> Result<Action, Violation> {
+        match message {
+            Message::KeepAlive(_) => Ok(Action::Nothing),
+            Message::Goodbye(goodbye) => Ok(Action::Goodbye(goodbye.reason)),
+            Message::SnapshotBegin(begin) => self.begin(begin),
+            Message::ImageBegin(begin) => self.begin_image(begin),
+            Message::ImageData(data) => self.append(&data, payload_len as u64),
+            Message::ImageEnd(end) => self.end_image(&end),
+            Message::SnapshotEnd(end) => self.end(&end),
+            Message::SnapshotAbort(abort) => {
+                match self.remove("SNAPSHOT_ABORT", abort.snapshot)? {
+                    Incoming::GivenUp => Ok(Action::Nothing),
+                    Incoming::Receiving(_) => Ok(Action::Damaged {
+                        snapshot: abort.snapshot,
+                        reason: abort.reason,
+                        by_peer: true,
+                    }),
+                }
+            }
+            Message::Hello(_) | Message::Welcome(_) | Message::SnapshotAck(_) => {
+                Err(Violation::OutOfOrder(message.kind().as_str_name()))
+            }
+        }
+    }
+
+    /// This side gives a snapshot up; what still comes of it is discarded.
+    pub fn give_up(&mut self, snapshot: u32) {
+        if let Some(incoming) = self.snapshots.get_mut(&snapshot) {
+            *incoming = Incoming::GivenUp;
+        }
+    }
+
+    fn begin(&mut self, begin: SnapshotBegin) -> Result<Action, Violation> {
+        let SnapshotBegin { snapshot, id } = begin;
+        if u64::from(snapshot) < self.next {
+            return Err(Violation::SnapshotTwice(snapshot));
+        }
+        self.next = u64::from(snapshot) + 1;
+        let full = self.snapshots.len() >= self.limits.snapshots;
+        self.snapshots.insert(snapshot, Incoming::Receiving(Counts::new(&id)));
+        if let Err(bad) = check_name(&id) {
+            return Ok(self.damaged(snapshot, format!("as a snapshot id, {bad}")));
+        }
+        if full {
+            let reason = format!("{} snapshots are under way on this link", self.limits.snapshots);
+            return Ok(self.damaged(snapshot, reason));
+        }
+        Ok(Action::Begin { snapshot, id })
+    }
+
+    fn begin_image(&mut self, begin: ImageBegin) -> Result<Action, Violation> {
+        let limit = self.limits.images;
+        let ImageBegin { snapshot, image, name } = begin;
+        let Some(counts) = self.receiving("IMAGE_BEGIN", snapshot)? else {
+            return Ok(Action::Nothing);
+        };
+        if u64::from(image) < counts.next_image {
+            return Err(Violation::ImageTwice { id: counts.id.clone(), image });
+        }
+        counts.next_image = u64::from(image) + 1;
+        let wrong = if let Err(bad) = check_name(&name) {
+            Some(bad.to_string())
+        } else if counts.open.values().any(|open| open.name == name) {
+            Some(format!("image {name} is opened for writing twice at once"))
+        } else if counts.images + counts.open.len() as u64 >= limit {
+            Some(format!("more than {limit} images"))
+        } else {
+            None
+        };
+        if let Some(reason) = wrong {
+            return Ok(self.damaged(snapshot, reason));
+        }
+        counts.open.insert(image, OpenImage { name: name.clone(), size: 0 });
+        Ok(Action::BeginImage { snapshot, image, name })
+    }
+
+    fn append(&mut self, data: &ImageData, len: u64) -> Result<Action, Violation> {
+        let &ImageData { snapshot, image, offset } = data;
+        let Some(counts) = self.receiving("IMAGE_DATA", snapshot)? else {
+            return Ok(Action::Discard);
+        };
+        let Some(open) = counts.open.get_mut(&image) else {
+            return Err(counts.no_such_image("IMAGE_DATA", image));
+        };
+        if open.size != offset {
+            let (id, name) = (counts.id.clone(), open.name.clone());
+            return Err(Violation::Gap { id, name, offset, expected: open.size });
+        }
+        open.size += len;
+        counts.bytes += len;
+        Ok(Action::Append { snapshot, image })
+    }
+
+    fn end_image(&mut self, end: &ImageEnd) -> Result<Action, Violation> {
+        let &ImageEnd { snapshot, image, size } = end;
+        let Some(counts) = self.receiving("IMAGE_END", snapshot)? else {
+            return Ok(Action::Nothing);
+        };
+        let Some(open) = counts.open.remove(&image) else {
+            return Err(counts.no_such_image("IMAGE_END", image));
+        };
+        counts.images += 1;
+        if open.size != size {
+            let OpenImage { name, size: came } = open;
+            let reason =
+                format!("image {name} has {size} bytes as announced, but {came} have come");
+            return Ok(self.damaged(snapshot, reason));
+        }
+        Ok(Action::EndImage { snapshot, image })
+    }
+
+    fn end(&mut self, end: &SnapshotEnd) -> Result<Action, Violation> {
+        let snapshot = end.snapshot;
+        let counts = match self.remove("SNAPSHOT_END", snapshot)? {
+            Incoming::GivenUp => return Ok(Action::Nothing),
+            Incoming::Receiving(counts) => counts,
+        };
+        let damaged = |reason| Ok(Action::Damaged { snapshot, reason, by_peer: false });
+        if !end.complete {
+            return damaged("its end came without the mark of completeness".into());
+        }
+        if let Some(open) = counts.open.values().next() {
+            return damaged(format!("it ended while image {} was still open", open.name));
+        }
+        let (images, bytes) = (counts.images, counts.bytes);
+        if (end.images, end.bytes) != (images, bytes) {
+            return damaged(format!(
+                "{} images with {} bytes were announced, {images} with {bytes} have come",
+                end.images, end.bytes
+            ));
+        }
+        Ok(Action::Complete { snapshot, images, bytes })
+    }
+
+    fn damaged(&mut self, snapshot: u32, reason: String) -> Action {
+        self.give_up(snapshot);
+        Action::Damaged { snapshot, reason, by_peer: false }
+    }
+
+    /// The counts of a snapshot under way; `None` if this side has given it up.
+    fn receiving(
+        &mut self,
+        kind: &'static str,
+        snapshot: u32,
+    ) -> Result<Option<&mut Counts>, Violation> {
+        match self.snapshots.get_mut(&snapshot) {
+            Some(Incoming::Receiving(counts)) => Ok(Some(counts)),
+            Some(Incoming::GivenUp) => Ok(None),
+            None => Err(Violation::NoSuchSnapshot { kind, snapshot }),
+        }
+    }
+
+    fn remove(&mut self, kind: &'static str, snapshot: u32) -> Result<Incoming, Violation> {
+        self.snapshots.remove(&snapshot).ok_or(Violation::NoSuchSnapshot { kind, snapshot })
+    }
+}
+
+impl Counts {
+    fn new(id: &str) -> Counts {
+        Counts { id: id.to_owned(), ..Counts::default() }
+    }
+
+    fn no_such_image(&self, kind: &'static str, image: u32) -> Violation {
+        Violation::NoSuchImage { kind, id: self.id.clone(), image }
+    }
+}

@@ -1,0 +1,301 @@
+//! The proxy's side of the link, without I/O: numbers snapshots and images, counts what was sent,
+//! and makes the messages in an order that the [receiver](super::receiver) accepts.
+
+use std::collections::HashMap;
+
+use super::message::{ImageBegin, ImageData, ImageEnd, Message, SnapshotBegin, SnapshotEnd};
+
+/// What the cache said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Said {
+    /// Nothing that concerns a snapshot.
+    Nothing,
+    /// The snapshot is whole and kept.
+    Acknowledged {
+        /// Its number.
+        snapshot: u32,
+        /// The images that the cache has.
+        images: u64,
+        /// The bytes that the cache has.
+        bytes: u64,
+    },
+    /// The cache gave the snapshot up.
+    Refused {
+        /// Its number.
+        snapshot: u32,
+        /// Why.
+        reason: String,
+    },
+    /// The cache ends the link.
+    Goodbye(String),
+}
+
+/// A message that a cache never sends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a {0} out of order")]
+pub struct OutOfOrder(&'static str);
+
+/// Sorts a message from the cache.
+pub fn said(message: Message) -> Result<Said, OutOfOrder> {
+    match message {
+        Message::KeepAlive(_) => Ok(Said::Nothing),
+        Message::SnapshotAck(ack) => {
+            Ok(Said::Acknowledged { snapshot: ack.snapshot, images: ack.images, bytes: ack.bytes })
+        }
+        Message::SnapshotAbort(abort) => {
+            Ok(Said::Refused { snapshot: abort.snapshot, reason: abort.reason })
+        }
+        Message::Goodbye(goodbye) => Ok(Said::Goodbye(goodbye.reason)),
+        other => Err(OutOfOrder(other.kind().as_str_name())),
+    }
+}
+
+/// The snapshots that a link is sending.
+#[derive(Debug, Default)]
+pub struct Sender {
+    snapshots: HashMap<u32, Outgoing>,
+}
+
+#[derive(Debug, Default)]
+struct Outgoing {
+    /// The size so far of each open image.
+    open: HashMap<u32, u64>,
+    images: u64,
+    bytes: u64,
+}
+
+/// Messages for a snapshot or an image that this side has already ended or aborted are `None`: what
+/// is left of it is dropped.
+impl Sender {
+    /// A snapshot begins.
+    pub fn begin(&mut self, snapshot: u32, id: &str) -> Message {
+        self.snapshots.insert(snapshot, Outgoing::default());
+        Message::SnapshotBegin(SnapshotBegin { snapshot, id: id.to_owned() })
+    }
+
+    /// An image begins.
+    pub fn begin_image(&mut self, snapshot: u32, image: u32, name: &str) -> Option<Message> {
+        self.snapshots.get_mut(&snapshot)?.open.insert(image, 0);
+        Some(Message::ImageBegin(ImageBegin { snapshot, image, name: name.to_owned() }))
+    }
+
+    /// The image goes on with `len` bytes.
+    pub fn data(&mut self, snapshot: u32, image: u32, len: usize) -> Option<Message> {
+        let outgoing = self.snapshots.get_mut(&snapshot)?;
+        let size = outgoing.open.get_mut(&image)?;
+        let offset = *size;
+        *size += len as u64;
+        outgoing.bytes += len as u64;
+        Some(Message::ImageData(ImageData { snapshot, image, offset }))
+    }
+
+    /// The image has ended.
+    pub fn end_image(&mut self, snapshot: u32, image: u32) -> Option<Message> {
+        let outgoing = self.snapshots.get_mut(&snapshot)?;
+        let size = outgoing.open.remove(&image)?;
+        outgoing.images += 1;
+        Some(Message::ImageEnd(ImageEnd { snapshot, image, size }))
+    }
+
+    /// Everything has been sent.
+    pub fn end(&mut self, snapshot: u32) -> Option<Message> {
+        let Outgoing { images, bytes, .. } = self.snapshots.remove(&snapshot)?;
+        Some(Message::SnapshotEnd(SnapshotEnd { snapshot, complete: true, images, bytes }))
+    }
+
+    /// The snapshot is given up, by this side or by the cache. Either way one message ends it.
+    pub fn abort(&mut self, snapshot: u32, reason: &str) -> Option<Message> {
+        self.snapshots.remove(&snapshot)?;
+        Some(Message::abort(snapshot, reason))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::receiver::{Action, Limits, Receiver, Violation};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn receiver() -> Receiver {
+        Receiver::new(Limits { images: 100, snapshots: 10 })
+    }
+
+    /// What a driver does to both ends.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Begin(u32),
+        Image(u32, u32),
+        Data(u32, u32, usize),
+        EndImage(u32, u32),
+        End(u32),
+    }
+
+    #[test]
+    fn two_ends_agree_on_a_snapshot() {
+        let (mut sender, mut receiver) = (Sender::default(), receiver());
+        let mut pass = |message: Message, len| receiver.receive(message, len).unwrap();
+        pass(sender.begin(0, "web"), 0);
+        pass(sender.begin_image(0, 0, "core-7.img").unwrap(), 0);
+        pass(sender.begin_image(0, 1, "pages-1.img").unwrap(), 0);
+        pass(sender.data(0, 1, 4096).unwrap(), 4096);
+        pass(sender.data(0, 0, 100).unwrap(), 100);
+        pass(sender.data(0, 1, 4096).unwrap(), 4096);
+        pass(sender.end_image(0, 1).unwrap(), 0);
+        pass(sender.end_image(0, 0).unwrap(), 0);
+        let end = pass(sender.end(0).unwrap(), 0);
+        assert_eq!(end, Action::Complete { snapshot: 0, images: 2, bytes: 8292 });
+        assert_eq!(sender.end(0), None);
+    }
+
+    #[test]
+    fn what_comes_of_a_given_up_snapshot_is_discarded() {
+        let (mut sender, mut receiver) = (Sender::default(), receiver());
+        receiver.receive(sender.begin(0, "web"), 0).unwrap();
+        receiver.receive(sender.begin_image(0, 0, "pages-1.img").unwrap(), 0).unwrap();
+        receiver.give_up(0);
+        let late = receiver.receive(sender.data(0, 0, 10).unwrap(), 10);
+        assert_eq!(late, Ok(Action::Discard));
+        let abort = sender.abort(0, "quota").unwrap();
+        assert_eq!(receiver.receive(abort, 0), Ok(Action::Nothing));
+        // From here on its number is unknown.
+        let data = Message::ImageData(ImageData { snapshot: 0, image: 0, offset: 10 });
+        assert!(matches!(receiver.receive(data, 1), Err(Violation::NoSuchSnapshot { .. })));
+    }
+
+    #[test]
+    fn a_count_that_is_not_true_damages_one_snapshot_only() {
+        let (mut sender, mut receiver) = (Sender::default(), receiver());
+        receiver.receive(sender.begin(0, "one"), 0).unwrap();
+        receiver.receive(sender.begin(1, "two"), 0).unwrap();
+        let end = SnapshotEnd { snapshot: 0, complete: true, images: 1, bytes: 5 };
+        let Action::Damaged { reason, .. } =
+            receiver.receive(Message::SnapshotEnd(end), 0).unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!(reason, "1 images with 5 bytes were announced, 0 with 0 have come");
+        let end = receiver.receive(sender.end(1).unwrap(), 0);
+        assert_eq!(end, Ok(Action::Complete { snapshot: 1, images: 0, bytes: 0 }));
+    }
+
+    #[test]
+    fn more_bytes_than_announced_damage_the_snapshot() {
+        let (mut sender, mut receiver) = (Sender::default(), receiver());
+        receiver.receive(sender.begin(0, "web"), 0).unwrap();
+        receiver.receive(sender.begin_image(0, 0, "fs-7.img").unwrap(), 0).unwrap();
+        receiver.receive(sender.data(0, 0, 10).unwrap(), 10).unwrap();
+        let end = Message::ImageEnd(ImageEnd { snapshot: 0, image: 0, size: 9 });
+        let Action::Damaged { reason, .. } = receiver.receive(end, 0).unwrap() else { panic!() };
+        assert_eq!(reason, "image fs-7.img has 9 bytes as announced, but 10 have come");
+    }
+
+    #[test]
+    fn bad_names_twice_open_and_too_many_images_damage_the_snapshot() {
+        let begin = |image, name: &str| {
+            Message::ImageBegin(ImageBegin { snapshot: 0, image, name: name.into() })
+        };
+        for (first, second, reason) in [
+            ("a.img", "../b", "slash"),
+            ("a.img", "a.img", "image a.img is opened for writing twice at once"),
+        ] {
+            let mut receiver = receiver();
+            receiver.receive(Sender::default().begin(0, "web"), 0).unwrap();
+            receiver.receive(begin(0, first), 0).unwrap();
+            let Action::Damaged { reason: said, .. } =
+                receiver.receive(begin(1, second), 0).unwrap()
+            else {
+                panic!()
+            };
+            assert!(said.contains(reason), "{said}");
+        }
+        let mut receiver = Receiver::new(Limits { images: 1, snapshots: 1 });
+        receiver.receive(Sender::default().begin(0, "web"), 0).unwrap();
+        receiver.receive(begin(0, "a.img"), 0).unwrap();
+        let many = receiver.receive(begin(1, "b.img"), 0).unwrap();
+        assert!(matches!(many, Action::Damaged { .. }));
+        let second = receiver.receive(Sender::default().begin(1, "db"), 0).unwrap();
+        assert!(matches!(second, Action::Damaged { snapshot: 1, .. }));
+    }
+
+    #[test]
+    fn messages_out_of_order_end_the_link() {
+        let violation = |messages: Vec<Message>| {
+            let mut receiver = receiver();
+            let refused =
+                messages.into_iter().find_map(|message| receiver.receive(message, 1).err());
+            refused.unwrap().to_string()
+        };
+        let data = |offset| Message::ImageData(ImageData { snapshot: 0, image: 0, offset });
+        let begin = || Sender::default().begin(0, "web");
+        let image =
+            || Message::ImageBegin(ImageBegin { snapshot: 0, image: 0, name: "a.img".into() });
+        assert_eq!(
+            violation(vec![data(0)]),
+            "a IMAGE_DATA for snapshot number 0, which is not under way"
+        );
+        assert_eq!(
+            violation(vec![begin(), data(0)]),
+            "a IMAGE_DATA for image number 0 of snapshot web, which is not open"
+        );
+        assert_eq!(
+            violation(vec![begin(), image(), data(7)]),
+            "image a.img of snapshot web goes on at byte 7, but 0 have come"
+        );
+        assert_eq!(violation(vec![begin(), begin()]), "snapshot number 0 begun twice on one link");
+        assert_eq!(
+            violation(vec![begin(), image(), image()]),
+            "image number 0 of snapshot web begun twice"
+        );
+        let hello = Message::Hello(super::super::message::Hello::default());
+        assert_eq!(violation(vec![hello]), "a HELLO out of order");
+    }
+
+    proptest! {
+        /// Whatever the interleaving, what the sender says the receiver accepts, and both count the
+        /// same.
+        #[test]
+        fn any_interleaving_is_accepted(
+            seed in proptest::collection::vec((0u32..3, 0u32..4, 1usize..9999), 0..200)
+        ) {
+            let (mut sender, mut receiver) = (Sender::default(), receiver());
+            let mut open = [[false; 4]; 3];
+            let mut steps: Vec<Step> = (0..3).map(Step::Begin).collect();
+            let mut next_image = [0; 3];
+            let mut numbers = [[0; 4]; 3];
+            for (snapshot, slot, len) in seed {
+                let (s, i) = (snapshot as usize, slot as usize);
+                if !open[s][i] {
+                    numbers[s][i] = next_image[s];
+                    next_image[s] += 1;
+                    steps.push(Step::Image(snapshot, numbers[s][i]));
+                    open[s][i] = true;
+                } else if len % 5 == 0 {
+                    steps.push(Step::EndImage(snapshot, numbers[s][i]));
+                    open[s][i] = false;
+                } else {
+                    steps.push(Step::Data(snapshot, numbers[s][i], len));
+                }
+            }
+            for (s, images) in open.iter().enumerate() {
+                for (i, _) in images.iter().enumerate().filter(|(_, open)| **open) {
+                    steps.push(Step::EndImage(u32::try_from(s).unwrap(), numbers[s][i]));
+                }
+                steps.push(Step::End(u32::try_from(s).unwrap()));
+            }
+            let mut complete = 0;
+            for step in steps {
+                let (message, len) = match step {
+                    Step::Begin(s) => (Some(sender.begin(s, &format!("s{s}"))), 0),
+                    Step::Image(s, i) => (sender.begin_image(s, i, &format!("i-{i}.img")), 0),
+                    Step::Data(s, i, len) => (sender.data(s, i, len), len),
+                    Step::EndImage(s, i) => (sender.end_image(s, i), 0),
+                    Step::End(s) => (sender.end(s), 0),
+                };
+                let action = receiver.receive(message.unwrap(), len).unwrap();
+                complete += u32::from(matches!(action, Action::Complete { .. }));
+                prop_assert!(!matches!(action, Action::Damaged { .. }), "{:?}", action);
+            }
+            prop_assert_eq!(complete, 3);
+        }
+    }
+}
