@@ -6,12 +6,11 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::pipe::{
     PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice,
 };
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
 
 /// A new pipe holds this many bytes (pipe(7)).
 pub const DEFAULT_CAPACITY: usize = 64 << 10;
@@ -93,7 +92,7 @@ pub enum NotThatEnd {
 
 /// The read end of a pipe that CRIU writes an image into.
 #[derive(Debug)]
-pub struct PipeReader(AsyncFd<OwnedFd>);
+pub struct PipeReader(pipe::Receiver);
 
 impl PipeReader {
     /// Takes a descriptor from a peer, after checking that it is what it has to be.
@@ -101,40 +100,35 @@ impl PipeReader {
     /// O_NONBLOCK is set on our own file description; CRIU's end is another one.
     pub fn adopt(fd: OwnedFd) -> Result<PipeReader, NotThatEnd> {
         check_end(&fd, OFlags::RDONLY)?;
-        Ok(PipeReader(
-            AsyncFd::register_with_interest(fd, Interest::READABLE).map_err(io::Error::from)?,
-        ))
+        Ok(PipeReader(pipe::Receiver::from_owned_fd(fd)?))
     }
 
     /// Waits until there is something to read, or the end.
     pub async fn readable(&self) -> io::Result<()> {
-        self.0.readable().await?.retain_ready();
-        Ok(())
+        self.0.readable().await
     }
 
     /// Moves what is there, at most `len` bytes, into an empty pipe; 0 is the end of the image.
     /// `WouldBlock` means that nothing is there yet.
     pub fn transfer_to(&self, pipe: &Pipe, len: usize) -> io::Result<usize> {
-        self.0.try_io(Interest::READABLE, |fd| transfer(fd, &pipe.into, len))
+        self.0.try_io(|| transfer(&self.0, &pipe.into, len))
     }
 
     /// Grows the pipe, see [`grow`].
     pub fn grow(&self, capacity: usize) {
-        grow(self.0.get_ref(), capacity);
+        grow(&self.0, capacity);
     }
 }
 
 /// The write end of a pipe that CRIU reads an image from.
 #[derive(Debug)]
-pub struct PipeWriter(AsyncFd<OwnedFd>);
+pub struct PipeWriter(pipe::Sender);
 
 impl PipeWriter {
     /// Takes a descriptor from a peer, after checking that it is what it has to be.
     pub fn adopt(fd: OwnedFd) -> Result<PipeWriter, NotThatEnd> {
         check_end(&fd, OFlags::WRONLY)?;
-        Ok(PipeWriter(
-            AsyncFd::register_with_interest(fd, Interest::WRITABLE).map_err(io::Error::from)?,
-        ))
+        Ok(PipeWriter(pipe::Sender::from_owned_fd(fd)?))
     }
 
     /// Moves at most `len` bytes from `offset` of a file into the pipe, waiting for room. `EPIPE`
@@ -145,13 +139,18 @@ impl PipeWriter {
         offset: &mut u64,
         len: usize,
     ) -> io::Result<usize> {
-        let transfer = |fd: &OwnedFd| transfer_from_file(&file, offset, fd, len);
-        self.0.async_io(Interest::WRITABLE, transfer).await
+        loop {
+            self.0.writable().await?;
+            match self.0.try_io(|| transfer_from_file(&file, offset, &self.0, len)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                moved => return moved,
+            }
+        }
     }
 
     /// Grows the pipe, see [`grow`].
     pub fn grow(&self, capacity: usize) {
-        grow(self.0.get_ref(), capacity);
+        grow(&self.0, capacity);
     }
 }
 
@@ -160,13 +159,11 @@ fn check_end(fd: &OwnedFd, wanted: OFlags) -> Result<(), NotThatEnd> {
     if kind != FileType::Fifo {
         return Err(NotThatEnd::NotAPipe(describe(kind)));
     }
-    let flags = fcntl_getfl(fd).map_err(io::Error::from)?;
-    let mode = flags & OFlags::ACCMODE;
+    let mode = fcntl_getfl(fd).map_err(io::Error::from)? & OFlags::ACCMODE;
     if mode != wanted {
         let name = |mode| if mode == OFlags::RDONLY { "read" } else { "write" };
         return Err(NotThatEnd::WrongEnd(name(mode), name(wanted)));
     }
-    fcntl_setfl(fd, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
     Ok(())
 }
 
