@@ -1,3 +1,117 @@
 //! The control socket: a Varlink interface, `org.criu.ImageRelay`, and its client.
+//!
+//! `proto/org.criu.ImageRelay.varlink` is the interface, with comments; it is what introspection
+//! answers too, and a test holds it against the types. Both daemons serve it ([`serve`]) from what
+//! their [`Backend`] knows; `criu-imagectl` calls it ([`Client`]).
+//!
+//! zlink gives the framing, the descriptors and the JSON. Its `Server` is not used: it writes
+//! replies one connection after the other, so that one peer that does not read would stop all.
+//! Here every connection is a task of its own, with limits on what it may send ([`guard`]).
 
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+mod accept;
+mod calls;
+mod client;
+mod guard;
 pub mod model;
+mod serve;
+
+#[cfg(test)]
+mod description;
+#[cfg(test)]
+mod tests;
+
+pub use accept::serve;
+pub use client::{Client, ClientError, Watch};
+
+use model::{Image, Snapshot, Status};
+
+/// The interface's name.
+pub const INTERFACE: &str = "org.criu.ImageRelay";
+/// The interface in Varlink's own language, as introspection answers it.
+pub const DESCRIPTION: &str = include_str!("../../proto/org.criu.ImageRelay.varlink");
+
+/// Where the proxy's control socket is under systemd.
+pub const PROXY_SOCKET: &str = "/run/criu-image/proxy/control.sock";
+/// Where the cache's control socket is under systemd.
+pub const CACHE_SOCKET: &str = "/run/criu-image/cache/control.sock";
+
+/// What a daemon answers from. Calls come from one task after another and must not block.
+pub trait Backend {
+    /// The daemon at a glance.
+    fn status(&self) -> Status;
+
+    /// Every snapshot it knows, the oldest first.
+    fn list(&self) -> Vec<Snapshot>;
+
+    /// A snapshot and its images.
+    fn show(&self, id: &str) -> Option<(Snapshot, Vec<Image>)>;
+
+    /// A snapshot without its images. It is asked for 20 times a second while somebody waits for
+    /// it, so override this where [`show`](Backend::show) has many images to copy.
+    fn snapshot(&self, id: &str) -> Option<Snapshot> {
+        self.show(id).map(|(snapshot, _)| snapshot)
+    }
+
+    /// Forgets a snapshot and gives its memory back.
+    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal>;
+
+    /// Serves CRIU's stream protocol on a socket. It returns at once: what happens on the socket
+    /// later is told by the snapshot's state.
+    ///
+    /// The socket is a unix stream socket, non-blocking and close-on-exec, and the id is a good
+    /// name ([`check_name`](crate::criu::stream::check_name)).
+    fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal>;
+}
+
+/// A socket handed over, and what it is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Open {
+    /// The snapshot that the socket speaks for.
+    pub id: String,
+    /// Where a dump goes: the cache's `HOST` or `HOST:PORT`. `None` is the configured one.
+    pub to: Option<String>,
+    /// Whether a snapshot that was read counts as taken.
+    pub take: bool,
+    /// Whether the socket listens, for any number of CRIU runs, or is one connection.
+    pub listening: bool,
+}
+
+/// Why a daemon does not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// It knows no such snapshot.
+    #[error("no such snapshot")]
+    NoSuchSnapshot,
+    /// It will not, in words that tell the user why.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl<B: Backend + ?Sized> Backend for Rc<B> {
+    fn status(&self) -> Status {
+        (**self).status()
+    }
+
+    fn list(&self) -> Vec<Snapshot> {
+        (**self).list()
+    }
+
+    fn show(&self, id: &str) -> Option<(Snapshot, Vec<Image>)> {
+        (**self).show(id)
+    }
+
+    fn snapshot(&self, id: &str) -> Option<Snapshot> {
+        (**self).snapshot(id)
+    }
+
+    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+        (**self).drop_snapshot(id)
+    }
+
+    fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
+        (**self).open(request, socket)
+    }
+}

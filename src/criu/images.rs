@@ -5,7 +5,7 @@
 //! protobuf message (`criu/protobuf.c`, <https://criu.org/Images>). Some are raw, and some carry
 //! raw bytes between their records (`criu/image-desc.c`, `lib/pycriu/images/images.py`).
 
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Read, Seek};
 
 /// The image that a dump writes last, and only on success.
 pub const INVENTORY: &str = "inventory.img";
@@ -56,38 +56,40 @@ pub enum CutShort {
     Io(#[from] io::Error),
 }
 
-/// Walks the records of an image of `len` bytes, and returns how many there are. Reads lengths
-/// only; the records are skipped.
-pub fn check_records(image: &mut (impl Read + Seek), len: u64) -> Result<u64, CutShort> {
+/// Walks the records of an image of `len` bytes, from its start, and returns how many there are.
+/// Reads lengths only; the records are skipped.
+pub fn check_records<R: Read + Seek>(image: &mut BufReader<R>, len: u64) -> Result<u64, CutShort> {
     let mut at = 4;
     if len < at {
         return Err(CutShort::Magic(len));
     }
-    let magic = read_u32(image, 0)?;
+    let magic = read_u32(image)?;
     if magic == IMG_COMMON_MAGIC || magic == IMG_SERVICE_MAGIC {
         at += 4;
         if len < at {
             return Err(CutShort::Magic(len));
         }
+        read_u32(image)?;
     }
     let mut records = 0;
     while at < len {
         if len - at < 4 {
             return Err(CutShort::Record { at, needed: 4 - (len - at) });
         }
-        let end = at + 4 + u64::from(read_u32(image, at)?);
+        let record = read_u32(image)?;
+        let end = at + 4 + u64::from(record);
         if end > len {
             return Err(CutShort::Record { at, needed: end - len });
         }
+        image.seek_relative(i64::from(record))?;
         at = end;
         records += 1;
     }
     Ok(records)
 }
 
-fn read_u32(image: &mut (impl Read + Seek), at: u64) -> io::Result<u32> {
+fn read_u32(image: &mut impl Read) -> io::Result<u32> {
     let mut bytes = [0; 4];
-    image.seek(SeekFrom::Start(at))?;
     image.read_exact(&mut bytes)?;
     Ok(u32::from_le_bytes(bytes))
 }
@@ -108,7 +110,7 @@ mod tests {
     }
 
     fn check(bytes: &[u8]) -> Result<u64, CutShort> {
-        check_records(&mut Cursor::new(bytes), bytes.len() as u64)
+        check_records(&mut BufReader::new(Cursor::new(bytes)), bytes.len() as u64)
     }
 
     #[test]

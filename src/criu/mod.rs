@@ -4,6 +4,6 @@ pub mod capture;
 pub mod images;
 pub mod stream;
 
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
 #[rustfmt::skip]
 mod generated;

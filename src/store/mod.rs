@@ -1,1 +1,379 @@
-//! (to be filled)
+//! Snapshots in memory: images in memfds, the state of each snapshot, the quota that every byte is
+//! charged to.
+//!
+//! ```text
+//!              begin            complete              take            keep is over, drop
+//!  awaited ──────────▶ receiving ───────▶ whole ───────────▶ taken ───────────▶ (dropped)
+//!                          │ fail, a check that fails
+//!                          └───────────▶ damaged ───▶ (dropped, after keep-damaged)
+//! ```
+//!
+//! Only whole and taken snapshots have images that a restore can get. A damaged one has given its
+//! bytes back and keeps its reason.
+
+mod check;
+mod image;
+mod quota;
+mod snapshot;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::watch;
+
+pub use image::Image;
+pub use quota::{Charge, Exhausted, Quota};
+pub use snapshot::{Counts, Images, Snapshot, State};
+
+use crate::config::{Keep, StoreSettings};
+
+/// Everything that a cache holds.
+#[derive(Debug)]
+pub struct Store {
+    settings: RefCell<StoreSettings>,
+    /// Oldest first: the key grows with each snapshot.
+    snapshots: RefCell<BTreeMap<Key, Snapshot>>,
+    next_key: Cell<u64>,
+    quota: Quota,
+    total: Cell<u64>,
+    changed: watch::Sender<()>,
+}
+
+/// Names a snapshot for as long as the store runs, even when its id is used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(u64);
+
+/// Why a snapshot or an image is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The id is that of a snapshot that would be lost.
+    #[error(
+        "a snapshot {0} is held already and no restore has taken it; drop it, or use another id"
+    )]
+    Exists(String),
+    /// The id is that of a snapshot still coming.
+    #[error("a snapshot {0} is being received already")]
+    UnderWay(String),
+    /// The list is full.
+    #[error("the store lists {0} snapshots, its limit (store.max-snapshots)")]
+    TooMany(u64),
+    /// The snapshot was dropped meanwhile.
+    #[error("it was dropped")]
+    Dropped,
+    /// No memfd could be made, for want of memory or of a descriptor.
+    #[error("image {name} cannot be held: {cause}")]
+    NoMemfd {
+        /// The image.
+        name: String,
+        /// What the kernel said.
+        cause: rustix::io::Errno,
+    },
+}
+
+/// Why a restore does not get a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unavailable {
+    /// It is damaged.
+    #[error("snapshot {id} is damaged: {reason}")]
+    Damaged {
+        /// Its id.
+        id: String,
+        /// What happened to it.
+        reason: String,
+    },
+    /// It was dropped while the restore waited.
+    #[error("the snapshot was dropped")]
+    Dropped,
+}
+
+impl Store {
+    /// An empty store.
+    pub fn new(settings: StoreSettings) -> Rc<Store> {
+        Rc::new(Store {
+            quota: Quota::new(settings.max_bytes),
+            settings: RefCell::new(settings),
+            snapshots: RefCell::default(),
+            next_key: Cell::new(0),
+            total: Cell::new(0),
+            changed: watch::Sender::new(()),
+        })
+    }
+
+    /// Puts other limits in force. What is held already stays, even beyond them.
+    pub fn configure(&self, settings: StoreSettings) {
+        self.quota.set_limit(settings.max_bytes);
+        *self.settings.borrow_mut() = settings;
+        self.changed.send_replace(());
+    }
+
+    /// The limits in force.
+    pub fn settings(&self) -> StoreSettings {
+        self.settings.borrow().clone()
+    }
+
+    /// What bytes are charged to.
+    pub fn quota(&self) -> &Quota {
+        &self.quota
+    }
+
+    /// Bytes received since the start.
+    pub fn total(&self) -> u64 {
+        self.total.get()
+    }
+
+    /// Wakes whenever a snapshot changes its state, comes or goes.
+    pub fn watch(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Looks at every snapshot, oldest first.
+    pub fn for_each(&self, mut look: impl FnMut(&Snapshot)) {
+        self.snapshots.borrow().values().for_each(&mut look);
+    }
+
+    /// Looks at the snapshot of that id.
+    pub fn find<T>(&self, id: &str, look: impl FnOnce(&Snapshot) -> T) -> Option<T> {
+        self.snapshots.borrow().values().find(|snapshot| snapshot.id == id).map(look)
+    }
+
+    /// A restore will ask for a snapshot of that id: lists it as awaited, if it is not there.
+    pub fn expect(&self, id: &str) -> Key {
+        if let Some(key) = self.key_of(id) {
+            return key;
+        }
+        self.insert(Snapshot::new(id, "", State::Awaited))
+    }
+
+    /// A snapshot begins to come from `peer`.
+    pub fn begin(&self, id: &str, peer: &str) -> Result<Key, Refused> {
+        let mut replaced = None;
+        if let Some(key) = self.key_of(id) {
+            let mut snapshots = self.snapshots.borrow_mut();
+            if let Some(known) = snapshots.get_mut(&key) {
+                match &known.state {
+                    State::Receiving(_) => return Err(Refused::UnderWay(id.to_owned())),
+                    State::Whole(_) => return Err(Refused::Exists(id.to_owned())),
+                    // Restores wait for this very entry.
+                    State::Awaited => {
+                        *known =
+                            Snapshot { restores: known.restores, ..Snapshot::receiving(id, peer) };
+                        drop(snapshots);
+                        self.changed.send_replace(());
+                        return Ok(key);
+                    }
+                    State::Taken { .. } | State::Damaged { .. } => replaced = Some(key),
+                }
+            }
+        }
+        let limit = self.settings.borrow().max_snapshots;
+        let listed = self.snapshots.borrow().len() as u64 - u64::from(replaced.is_some());
+        if listed >= limit {
+            return Err(Refused::TooMany(limit));
+        }
+        if let Some(key) = replaced {
+            self.snapshots.borrow_mut().remove(&key);
+        }
+        Ok(self.insert(Snapshot::receiving(id, peer)))
+    }
+
+    /// An image of a snapshot begins. One of that name that ended before is replaced.
+    pub fn begin_image(&self, key: Key, name: &str) -> Result<Rc<Image>, Refused> {
+        let mut snapshots = self.snapshots.borrow_mut();
+        let Some(Snapshot { state: State::Receiving(images), .. }) = snapshots.get_mut(&key) else {
+            return Err(Refused::Dropped);
+        };
+        let image = Image::create(name, self.quota.nothing())
+            .map_err(|cause| Refused::NoMemfd { name: name.to_owned(), cause })?;
+        let image = Rc::new(image);
+        Rc::make_mut(images).insert(name.to_owned(), image.clone());
+        Ok(image)
+    }
+
+    /// Charges an image of a snapshot for `more` bytes, before they are accepted; waits for room.
+    pub async fn charge(&self, key: Key, image: &Image, more: u64) -> Result<(), Exhausted> {
+        let patience = self.settings.borrow().quota_wait;
+        let charge = self.quota.charge(image.growth(more), || self.charged(key), patience).await?;
+        image.charge(charge);
+        Ok(())
+    }
+
+    /// Whether a snapshot is still coming, and was not dropped.
+    pub fn is_receiving(&self, key: Key) -> bool {
+        let snapshots = self.snapshots.borrow();
+        matches!(snapshots.get(&key), Some(Snapshot { state: State::Receiving(_), .. }))
+    }
+
+    /// How many bytes a snapshot is charged for.
+    fn charged(&self, key: Key) -> u64 {
+        let snapshots = self.snapshots.borrow();
+        let images = snapshots.get(&key).and_then(Snapshot::images);
+        images.map_or(0, |images| images.values().map(|image| image.charged()).sum())
+    }
+
+    /// Counts bytes that came in.
+    pub fn received(&self, bytes: u64) {
+        self.total.set(self.total.get() + bytes);
+    }
+
+    /// Everything of a snapshot has come: checks it, and makes it whole or damaged.
+    pub fn complete(&self, key: Key) -> Result<Counts, String> {
+        let images = match self.snapshots.borrow().get(&key) {
+            Some(Snapshot { state: State::Receiving(images), .. }) => images.clone(),
+            _ => return Err(Refused::Dropped.to_string()),
+        };
+        if let Err(reason) = check::check(&images) {
+            self.fail(key, &reason);
+            return Err(reason);
+        }
+        self.update(key, |snapshot| snapshot.end(State::Whole(images)));
+        Ok(self.snapshots.borrow().get(&key).map(Snapshot::counts).unwrap_or_default())
+    }
+
+    /// A snapshot cannot be completed: its bytes are given back, its reason is kept.
+    pub fn fail(&self, key: Key, reason: &str) {
+        self.update(key, |snapshot| {
+            let counts = snapshot.counts();
+            snapshot.end(State::Damaged { reason: reason.to_owned(), counts });
+        });
+    }
+
+    /// Binds a restore to the oldest snapshot that is whole or coming and that no restore is bound
+    /// to or has taken.
+    pub fn claim_oldest(self: &Rc<Store>) -> Option<Claim> {
+        let key = self
+            .snapshots
+            .borrow()
+            .iter()
+            .find(|(_, snapshot)| {
+                snapshot.restores == 0
+                    && matches!(snapshot.state, State::Receiving(_) | State::Whole(_))
+            })
+            .map(|(key, _)| *key)?;
+        Some(self.claim(key))
+    }
+
+    /// Binds a restore to a snapshot.
+    pub fn claim(self: &Rc<Store>, key: Key) -> Claim {
+        self.update(key, |snapshot| snapshot.restores += 1);
+        Claim { store: self.clone(), key }
+    }
+
+    /// Forgets a snapshot. A restore that is reading it keeps what it reads.
+    pub fn drop_snapshot(&self, id: &str) -> Option<State> {
+        let key = self.key_of(id)?;
+        let dropped = self.snapshots.borrow_mut().remove(&key);
+        self.changed.send_replace(());
+        dropped.map(|snapshot| snapshot.state)
+    }
+
+    /// Forgets what has been kept long enough; returns the ids of what was taken, and of what was
+    /// damaged, alike.
+    pub fn expire(&self, now: Instant) -> Vec<String> {
+        let (keep, keep_damaged) = {
+            let settings = self.settings.borrow();
+            (settings.keep, settings.keep_damaged)
+        };
+        let over = |snapshot: &Snapshot, limit: Duration| {
+            snapshot.restores == 0 && now.saturating_duration_since(snapshot.since) >= limit
+        };
+        let mut expired = Vec::new();
+        self.snapshots.borrow_mut().retain(|_, snapshot| {
+            let keeps = match (&snapshot.state, keep) {
+                (State::Taken(_), Keep::Taken) => !over(snapshot, Duration::ZERO),
+                (State::Taken(_), Keep::For(limit)) => !over(snapshot, limit),
+                (State::Damaged { .. }, _) => !over(snapshot, keep_damaged),
+                _ => true,
+            };
+            if !keeps {
+                expired.push(snapshot.id.clone());
+            }
+            keeps
+        });
+        if !expired.is_empty() {
+            self.changed.send_replace(());
+        }
+        expired
+    }
+
+    fn key_of(&self, id: &str) -> Option<Key> {
+        let snapshots = self.snapshots.borrow();
+        snapshots.iter().find(|(_, snapshot)| snapshot.id == id).map(|(key, _)| *key)
+    }
+
+    fn insert(&self, snapshot: Snapshot) -> Key {
+        let key = Key(self.next_key.get());
+        self.next_key.set(key.0 + 1);
+        self.snapshots.borrow_mut().insert(key, snapshot);
+        self.changed.send_replace(());
+        key
+    }
+
+    fn update(&self, key: Key, change: impl FnOnce(&mut Snapshot)) {
+        if let Some(snapshot) = self.snapshots.borrow_mut().get_mut(&key) {
+            change(snapshot);
+        }
+        self.changed.send_replace(());
+    }
+}
+
+/// A restore's hold on a snapshot: no other restore is given it unasked.
+#[derive(Debug)]
+pub struct Claim {
+    store: Rc<Store>,
+    key: Key,
+}
+
+impl Claim {
+    /// The snapshot's id, while it is listed.
+    pub fn id(&self) -> Option<String> {
+        self.store.snapshots.borrow().get(&self.key).map(|snapshot| snapshot.id.clone())
+    }
+
+    /// Waits until the snapshot is whole, and gives its images; or tells at once why it never will
+    /// be.
+    pub async fn images(&self) -> Result<Rc<Images>, Unavailable> {
+        let mut changed = self.store.watch();
+        loop {
+            match self.store.snapshots.borrow().get(&self.key) {
+                None => return Err(Unavailable::Dropped),
+                Some(snapshot) => match &snapshot.state {
+                    State::Whole(images) | State::Taken(images) => return Ok(images.clone()),
+                    State::Damaged { reason, .. } => {
+                        let (id, reason) = (snapshot.id.clone(), reason.clone());
+                        return Err(Unavailable::Damaged { id, reason });
+                    }
+                    State::Awaited | State::Receiving(_) => {}
+                },
+            }
+            // The store outlives its claims, so the sender is there.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// The restore has read the snapshot.
+    pub fn taken(&self) {
+        self.store.update(self.key, |snapshot| {
+            if let State::Whole(images) | State::Taken(images) = &snapshot.state {
+                let images = images.clone();
+                snapshot.take(images);
+            }
+        });
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.store.update(self.key, |snapshot| snapshot.restores -= 1);
+    }
+}
+
+/// Milliseconds since the epoch, for people; intervals are measured with [`Instant`].
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

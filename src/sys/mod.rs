@@ -6,3 +6,4 @@
 pub mod memfd;
 pub mod pipe;
 pub mod scm;
+pub mod unix;

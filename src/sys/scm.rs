@@ -21,7 +21,7 @@ const ROOM: usize = 2;
 /// # Errors
 ///
 /// `WouldBlock` when nothing is there; `InvalidData` when the byte came with no descriptor or with
-/// more than one (which are closed).
+/// more than one (which are closed), or when this process has no room for another descriptor.
 pub fn receive_descriptor(socket: impl AsFd) -> io::Result<Option<OwnedFd>> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(ROOM))];
@@ -39,7 +39,13 @@ pub fn receive_descriptor(socket: impl AsFd) -> io::Result<Option<OwnedFd>> {
     if received.bytes == 0 {
         return Ok(None);
     }
-    if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > 1 {
+    let cut = received.flags.contains(ReturnFlags::CTRUNC);
+    if cut && descriptors.is_empty() {
+        return Err(invalid(
+            "no room for the descriptor passed: too many open files (LimitNOFILE=)",
+        ));
+    }
+    if cut || descriptors.len() > 1 {
         return Err(invalid("more than one descriptor passed with a request"));
     }
     descriptors.pop().map(Some).ok_or_else(|| invalid("no descriptor passed with the request"))

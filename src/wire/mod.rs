@@ -28,6 +28,6 @@ pub mod sender;
 
 pub mod lane;
 
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
 #[rustfmt::skip]
 mod generated;

@@ -1,0 +1,88 @@
+//! The calls of the interface as they stand in JSON, for both sides.
+
+use serde::{Deserialize, Serialize};
+use zlink::introspect;
+
+use super::model::{Image, Snapshot, Status};
+
+/// The methods, by the names that stand on the wire.
+pub(super) mod method {
+    pub(in super::super) const STATUS: &str = "org.criu.ImageRelay.Status";
+    pub(in super::super) const LIST: &str = "org.criu.ImageRelay.List";
+    pub(in super::super) const SHOW: &str = "org.criu.ImageRelay.Show";
+    pub(in super::super) const WATCH: &str = "org.criu.ImageRelay.Watch";
+    pub(in super::super) const DROP: &str = "org.criu.ImageRelay.Drop";
+    pub(in super::super) const OPEN: &str = "org.criu.ImageRelay.Open";
+    pub(in super::super) const GET_INFO: &str = "org.varlink.service.GetInfo";
+    pub(in super::super) const GET_DESCRIPTION: &str =
+        "org.varlink.service.GetInterfaceDescription";
+}
+
+/// The parameters of `Show` and `Drop`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct ById {
+    pub(super) id: String,
+}
+
+/// The parameters of `Watch`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct WatchIn {
+    pub(super) id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) taken: Option<bool>,
+}
+
+/// The parameters of `Open`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct OpenIn {
+    pub(super) id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) to: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) take: Option<bool>,
+}
+
+/// No parameters, or none in the reply.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct Nothing {}
+
+/// The parameters of `org.varlink.service.GetInterfaceDescription`.
+#[derive(Debug, Deserialize)]
+pub(super) struct DescriptionIn {
+    pub(super) interface: String,
+}
+
+/// The reply of `Status`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct StatusOut {
+    pub(super) status: Status,
+}
+
+/// The reply of `List`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct ListOut {
+    pub(super) snapshots: Vec<Snapshot>,
+}
+
+/// The reply of `Show`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct ShowOut {
+    pub(super) snapshot: Snapshot,
+    pub(super) images: Vec<Image>,
+}
+
+/// A reply of `Watch`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct WatchOut {
+    pub(super) snapshot: Snapshot,
+}
+
+/// The errors of the interface.
+#[derive(Debug, Clone, PartialEq, Eq, zlink::ReplyError, introspect::ReplyError)]
+#[zlink(interface = "org.criu.ImageRelay")]
+pub(super) enum CallError {
+    NoSuchSnapshot { id: String },
+    Refused { reason: String },
+    NoDescriptor,
+    NotASocket,
+}

@@ -1,0 +1,213 @@
+//! The client of the control socket.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use zlink::{Call, Connection, Reply};
+
+use super::calls::{
+    ById, CallError, ListOut, Nothing, OpenIn, ShowOut, StatusOut, WatchIn, WatchOut, method,
+};
+use super::model::{Image, Snapshot, Status};
+
+/// Why a call has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers on the socket, or we may not ask.
+    #[error("{}: {source}", path.display())]
+    Unreachable {
+        /// The socket.
+        path: PathBuf,
+        /// What connect(2) said.
+        source: io::Error,
+    },
+    /// The daemon closed the connection in the middle, or said what is not Varlink.
+    #[error("{}: the conversation broke off: {why}", path.display())]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        why: String,
+    },
+    /// The daemon knows no such snapshot.
+    #[error("no snapshot is called {0:?}")]
+    NoSuchSnapshot(String),
+    /// The daemon refused, and says why.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A connection to a daemon's control socket.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    connection: Connection<zlink::unix::Stream>,
+}
+
+/// A call on its way out.
+#[derive(Debug, Serialize)]
+struct Outgoing<'a, P> {
+    method: &'a str,
+    parameters: P,
+}
+
+/// An error reply: one of ours, or any other, which must not pass for a reply without parameters.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum AnyError {
+    Known(CallError),
+    Unknown { error: String },
+}
+
+impl Client {
+    /// Connects to the socket at `path`.
+    pub async fn connect(path: impl AsRef<Path>) -> Result<Client, ClientError> {
+        let path = path.as_ref().to_owned();
+        let unreachable = |source| ClientError::Unreachable { path: path.clone(), source };
+        let stream = UnixStream::connect(&path).await.map_err(unreachable)?;
+        let stream = zlink::unix::Stream::try_from(stream)
+            .map_err(|error| unreachable(io::Error::other(error)))?;
+        Ok(Client { path, connection: Connection::new(stream) })
+    }
+
+    /// The socket it is connected to.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The daemon at a glance.
+    pub async fn status(&mut self) -> Result<Status, ClientError> {
+        let reply: StatusOut = self.call(method::STATUS, Nothing {}, Vec::new()).await?;
+        Ok(reply.status)
+    }
+
+    /// Every snapshot it knows.
+    pub async fn list(&mut self) -> Result<Vec<Snapshot>, ClientError> {
+        let reply: ListOut = self.call(method::LIST, Nothing {}, Vec::new()).await?;
+        Ok(reply.snapshots)
+    }
+
+    /// A snapshot and its images.
+    pub async fn show(&mut self, id: &str) -> Result<(Snapshot, Vec<Image>), ClientError> {
+        let reply: ShowOut =
+            self.call(method::SHOW, ById { id: id.to_owned() }, Vec::new()).await?;
+        Ok((reply.snapshot, reply.images))
+    }
+
+    /// Has a snapshot forgotten.
+    pub async fn drop_snapshot(&mut self, id: &str) -> Result<(), ClientError> {
+        let _: Nothing = self.call(method::DROP, ById { id: id.to_owned() }, Vec::new()).await?;
+        Ok(())
+    }
+
+    /// Hands over a listening or connected unix stream socket that speaks for the snapshot `id`.
+    /// `to` and `take` are as in [`Open`](super::Open).
+    pub async fn open(
+        &mut self,
+        id: &str,
+        to: Option<&str>,
+        take: bool,
+        socket: OwnedFd,
+    ) -> Result<(), ClientError> {
+        let call = OpenIn { id: id.to_owned(), to: to.map(str::to_owned), take: Some(take) };
+        let _: Nothing = self.call(method::OPEN, call, vec![socket]).await?;
+        Ok(())
+    }
+
+    /// Follows a snapshot until it is whole, damaged or taken; with `taken`, whole is not the end.
+    /// It need not be there yet.
+    pub async fn watch(&mut self, id: &str, taken: bool) -> Result<Watch<'_>, ClientError> {
+        let parameters = WatchIn { id: id.to_owned(), taken: taken.then_some(true) };
+        let call = Call::new(Outgoing { method: method::WATCH, parameters }).set_more(true);
+        if let Err(error) = self.connection.send_call(&call, Vec::new()).await {
+            return Err(self.broken(&error));
+        }
+        Ok(Watch { client: self, more: true })
+    }
+
+    async fn call<P, R>(
+        &mut self,
+        method: &str,
+        parameters: P,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<R, ClientError>
+    where
+        P: Serialize + std::fmt::Debug,
+        R: DeserializeOwned + std::fmt::Debug,
+    {
+        let call = Call::new(Outgoing { method, parameters });
+        if let Err(error) = self.connection.send_call(&call, descriptors).await {
+            return Err(self.broken(&error));
+        }
+        Ok(self.receive().await?.0)
+    }
+
+    /// A reply, and whether more follow.
+    async fn receive<R>(&mut self) -> Result<(R, bool), ClientError>
+    where
+        R: DeserializeOwned + std::fmt::Debug,
+    {
+        let received = self.connection.receive_reply::<R, AnyError>().await;
+        let reply: Reply<R> = match received {
+            Ok((Ok(reply), _)) => reply,
+            Ok((Err(error), _)) => return Err(from_reply(error)),
+            Err(zlink::Error::VarlinkService(error)) => {
+                return Err(ClientError::Refused(error.to_string()));
+            }
+            Err(error) => return Err(self.broken(&error)),
+        };
+        let more = reply.continues() == Some(true);
+        match reply.into_parameters() {
+            Some(parameters) => Ok((parameters, more)),
+            None => Err(self.broken(&zlink::Error::MissingParameters)),
+        }
+    }
+
+    fn broken(&self, error: &zlink::Error) -> ClientError {
+        let why = match error {
+            zlink::Error::UnexpectedEof => "the daemon closed the connection".to_owned(),
+            error => error.to_string(),
+        };
+        ClientError::Broken { path: self.path.clone(), why }
+    }
+}
+
+fn from_reply(error: AnyError) -> ClientError {
+    match error {
+        AnyError::Known(CallError::NoSuchSnapshot { id }) => ClientError::NoSuchSnapshot(id),
+        AnyError::Known(CallError::Refused { reason }) => ClientError::Refused(reason),
+        AnyError::Known(CallError::NoDescriptor) => {
+            ClientError::Refused("no descriptor was passed with the call".to_owned())
+        }
+        AnyError::Known(CallError::NotASocket) => {
+            ClientError::Refused("what was passed is not a unix stream socket".to_owned())
+        }
+        AnyError::Unknown { error } => ClientError::Refused(error),
+    }
+}
+
+/// The states of one snapshot, as they come.
+#[derive(Debug)]
+pub struct Watch<'c> {
+    client: &'c mut Client,
+    more: bool,
+}
+
+impl Watch<'_> {
+    /// The snapshot at once, then whenever it has changed; `None` after its last state. It can be
+    /// cancelled without losing a state.
+    pub async fn next(&mut self) -> Result<Option<Snapshot>, ClientError> {
+        if !self.more {
+            return Ok(None);
+        }
+        let received = self.client.receive::<WatchOut>().await;
+        // Whatever fails is the end of the watch.
+        self.more = matches!(received, Ok((_, true)));
+        let (reply, _) = received?;
+        Ok(Some(reply.snapshot))
+    }
+}

@@ -1,0 +1,289 @@
+//! One conversation on the control socket: calls in, replies out, until the peer goes or errs.
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+use zlink::varlink_service::{Error as ServiceError, Info};
+use zlink::{Call, Connection, Reply};
+
+use super::calls::{
+    ById, CallError, DescriptionIn, ListOut, OpenIn, ShowOut, StatusOut, WatchIn, WatchOut, method,
+};
+use super::guard::Guarded;
+use super::model::{Role, SnapshotState};
+use super::{Backend, DESCRIPTION, INTERFACE, Open, Refusal};
+use crate::criu::stream::check_name;
+
+/// A peer that says nothing for so long is disconnected: its place is wanted.
+const IDLE: Duration = Duration::from_secs(60);
+/// A peer that does not read its reply for so long is disconnected.
+const UNREAD: Duration = Duration::from_secs(10);
+/// How often a watched snapshot is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Who is at the other end.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Peer {
+    pub(super) uid: u32,
+    pub(super) pid: i32,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pid {} of uid {}", self.pid, self.uid)
+    }
+}
+
+/// A call before its method and parameters are looked at, so that a wrong one can be answered.
+#[derive(Debug, Deserialize)]
+struct Incoming {
+    method: String,
+    #[serde(default)]
+    parameters: Option<Value>,
+}
+
+/// Every error that a call can be answered with.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Failure {
+    Ours(CallError),
+    Service(ServiceError<'static>),
+}
+
+impl From<CallError> for Failure {
+    fn from(error: CallError) -> Failure {
+        Failure::Ours(error)
+    }
+}
+
+impl From<ServiceError<'static>> for Failure {
+    fn from(error: ServiceError<'static>) -> Failure {
+        Failure::Service(error)
+    }
+}
+
+/// Why a conversation ended.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("the peer has gone")]
+    Gone,
+    #[error("nothing was asked for {IDLE:?}")]
+    Idle,
+    #[error("a reply was not read for {UNREAD:?}")]
+    Unread,
+    #[error("{0}")]
+    Fault(zlink::Error),
+}
+
+impl From<zlink::Error> for Ended {
+    fn from(error: zlink::Error) -> Ended {
+        match error {
+            zlink::Error::UnexpectedEof => Ended::Gone,
+            error => Ended::Fault(error),
+        }
+    }
+}
+
+/// Answers a peer's calls until it goes. A fault of the peer's ends this conversation only.
+pub(super) async fn converse<B: Backend>(stream: UnixStream, peer: Peer, backend: Rc<B>) {
+    match Conversation::run(stream, &*backend).await {
+        Ended::Fault(error) => warn!("control: {peer} is disconnected: {error}"),
+        ended => debug!("control: {peer} is disconnected: {ended}"),
+    }
+}
+
+struct Conversation<'b, B> {
+    connection: Connection<Guarded>,
+    backend: &'b B,
+}
+
+impl<B: Backend> Conversation<'_, B> {
+    async fn run(stream: UnixStream, backend: &B) -> Ended {
+        let connection = match zlink::unix::Stream::try_from(stream) {
+            Ok(stream) => Connection::new(Guarded(stream)),
+            Err(error) => return error.into(),
+        };
+        let mut conversation = Conversation { connection, backend };
+        loop {
+            if let Err(ended) = conversation.next().await {
+                return ended;
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Result<(), Ended> {
+        let call = timeout(IDLE, self.connection.receive_call::<Incoming>());
+        let (call, descriptors) = call.await.map_err(|_| Ended::Idle)??;
+        let outcome = match call.method().method.as_str() {
+            method::WATCH if call.more() => return self.watch(&call).await,
+            method::WATCH => Err(ServiceError::ExpectedMore.into()),
+            _ => answer(self.backend, call.method(), descriptors),
+        };
+        match outcome {
+            _ if call.oneway() => Ok(()),
+            Ok(reply) => self.reply(reply, false).await,
+            Err(failure) => self.fail(failure).await,
+        }
+    }
+
+    /// Replies with a snapshot whenever it has changed, until it is at its end.
+    async fn watch(&mut self, call: &Call<Incoming>) -> Result<(), Ended> {
+        let watch: WatchIn = match parameters(call.method()) {
+            Ok(watch) => watch,
+            Err(failure) => return self.fail(failure).await,
+        };
+        let mut last = None;
+        loop {
+            let now = self.backend.snapshot(&watch.id);
+            match &now {
+                None if last.is_some() => return self.fail(no_such(&watch.id)).await,
+                Some(snapshot) if now != last => {
+                    let more = match snapshot.state {
+                        SnapshotState::Awaited | SnapshotState::Receiving => true,
+                        SnapshotState::Whole => watch.taken == Some(true),
+                        SnapshotState::Damaged | SnapshotState::Taken => false,
+                    };
+                    self.reply(value(WatchOut { snapshot: snapshot.clone() }), more).await?;
+                    if !more {
+                        return Ok(());
+                    }
+                    last = now;
+                }
+                _ => {}
+            }
+            sleep(LOOK).await;
+            if self.peer_has_gone() {
+                return Err(Ended::Gone);
+            }
+        }
+    }
+
+    /// Whether the peer has closed the connection: nothing is read here while it waits for replies.
+    fn peer_has_gone(&self) -> bool {
+        let socket = &self.connection.read().read_half().socket;
+        let mut socket = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::empty())];
+        poll(&mut socket, Some(&Timespec::default())).is_ok_and(|events| events > 0)
+    }
+
+    async fn reply(&mut self, parameters: Value, more: bool) -> Result<(), Ended> {
+        let reply = Reply::new(Some(parameters)).set_continues(Some(more));
+        let sent = timeout(UNREAD, self.connection.send_reply(&reply, Vec::new()));
+        Ok(sent.await.map_err(|_| Ended::Unread)??)
+    }
+
+    async fn fail(&mut self, failure: Failure) -> Result<(), Ended> {
+        let sent = timeout(UNREAD, self.connection.send_error(&failure, Vec::new()));
+        Ok(sent.await.map_err(|_| Ended::Unread)??)
+    }
+}
+
+/// Answers a call that has one reply.
+fn answer(
+    backend: &impl Backend,
+    call: &Incoming,
+    descriptors: Vec<OwnedFd>,
+) -> Result<Value, Failure> {
+    match call.method.as_str() {
+        method::STATUS => Ok(value(StatusOut { status: backend.status() })),
+        method::LIST => Ok(value(ListOut { snapshots: backend.list() })),
+        method::SHOW => {
+            let ById { id } = parameters(call)?;
+            let (snapshot, images) = backend.show(&id).ok_or_else(|| no_such(&id))?;
+            Ok(value(ShowOut { snapshot, images }))
+        }
+        method::DROP => {
+            let ById { id } = parameters(call)?;
+            backend.drop_snapshot(&id).map_err(|refusal| refused(refusal, &id))?;
+            Ok(nothing())
+        }
+        method::OPEN => {
+            open(backend, parameters(call)?, descriptors)?;
+            Ok(nothing())
+        }
+        method::GET_INFO => Ok(value(info(backend.status().role))),
+        method::GET_DESCRIPTION => match parameters(call)? {
+            DescriptionIn { interface } if interface == INTERFACE => {
+                Ok(serde_json::json!({ "description": DESCRIPTION }))
+            }
+            DescriptionIn { interface } => {
+                Err(ServiceError::InterfaceNotFound { interface: interface.into() }.into())
+            }
+        },
+        other => Err(ServiceError::MethodNotFound { method: other.to_owned().into() }.into()),
+    }
+}
+
+fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Result<(), Failure> {
+    let OpenIn { id, to, take } = call;
+    check_name(&id).map_err(|bad| CallError::Refused { reason: bad.to_string() })?;
+    let socket = descriptors.into_iter().next().ok_or(CallError::NoDescriptor)?;
+    let listening = prepare(&socket).map_err(|_| CallError::NotASocket)?;
+    let request = Open { id: id.clone(), to, take: take.unwrap_or(true), listening };
+    backend.open(request, socket).map_err(|refusal| refused(refusal, &id))
+}
+
+/// Makes sure that a descriptor is a unix stream socket, and tells whether it listens.
+fn prepare(socket: &OwnedFd) -> rustix::io::Result<bool> {
+    let unix_stream = sockopt::socket_domain(socket)? == AddressFamily::UNIX
+        && sockopt::socket_type(socket)? == SocketType::STREAM;
+    if !unix_stream {
+        return Err(rustix::io::Errno::PROTOTYPE);
+    }
+    // zlink receives without MSG_CMSG_CLOEXEC.
+    rustix::io::fcntl_setfd(socket, rustix::io::FdFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(socket, true)?;
+    sockopt::socket_acceptconn(socket)
+}
+
+fn info(role: Role) -> Info<'static> {
+    let product = match role {
+        Role::Proxy => "criu-image-proxy",
+        Role::Cache => "criu-image-cache",
+    };
+    let interfaces = ["org.varlink.service", INTERFACE];
+    Info::new(
+        env!("CARGO_PKG_NAME"),
+        product,
+        env!("CARGO_PKG_VERSION"),
+        "https://criu.org",
+        interfaces,
+    )
+}
+
+/// The parameters of a call; a wrong one is named, as Varlink has it.
+fn parameters<P: DeserializeOwned>(call: &Incoming) -> Result<P, Failure> {
+    let given = call.parameters.clone().unwrap_or_else(nothing);
+    serde_json::from_value(given).map_err(|error| {
+        ServiceError::InvalidParameter { parameter: error.to_string().into() }.into()
+    })
+}
+
+fn no_such(id: &str) -> Failure {
+    CallError::NoSuchSnapshot { id: id.to_owned() }.into()
+}
+
+fn refused(refusal: Refusal, id: &str) -> Failure {
+    match refusal {
+        Refusal::NoSuchSnapshot => no_such(id),
+        Refusal::Refused(reason) => CallError::Refused { reason }.into(),
+    }
+}
+
+fn nothing() -> Value {
+    Value::Object(serde_json::Map::new())
+}
+
+fn value(reply: impl Serialize) -> Value {
+    // Strings, numbers and arrays of them: there is nothing in a reply that JSON has not.
+    serde_json::to_value(reply).unwrap_or_default()
+}

@@ -1,0 +1,99 @@
+//! Accepting connections: an error of accept(2) ends nothing.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// How long to wait when descriptors or memory have run out: a session's end frees some.
+pub const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// What an error of accept(2) means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sorted {
+    /// That connection has gone; the next may be there.
+    NextOne,
+    /// This machine or process is short of something; it may pass.
+    BackOff,
+}
+
+/// Sorts an error by its errno (accept(2), ERRORS).
+pub fn sort(error: &io::Error) -> Sorted {
+    match Errno::from_io_error(error) {
+        Some(
+            Errno::CONNABORTED
+            | Errno::INTR
+            | Errno::PROTO
+            | Errno::NETDOWN
+            | Errno::NETUNREACH
+            | Errno::HOSTDOWN
+            | Errno::HOSTUNREACH
+            | Errno::NONET
+            | Errno::NOPROTOOPT
+            | Errno::OPNOTSUPP,
+        ) => Sorted::NextOne,
+        _ => Sorted::BackOff,
+    }
+}
+
+/// Accepts for ever, and hands each connection to `serve` with a permit that it holds while it
+/// lives. While no permit is free, connections wait in the socket's backlog.
+pub async fn accept_each<S>(
+    socket: &str,
+    permits: Arc<Semaphore>,
+    accept: impl AsyncFn() -> io::Result<S>,
+    serve: impl Fn(S, OwnedSemaphorePermit),
+) {
+    // The semaphore is never closed.
+    while let Ok(permit) = permits.clone().acquire_owned().await {
+        serve(accept_one(socket, &accept).await, permit);
+    }
+}
+
+/// Accepts one connection, however long it takes.
+pub async fn accept_one<S>(socket: &str, accept: &impl AsyncFn() -> io::Result<S>) -> S {
+    let mut told = false;
+    loop {
+        match accept().await {
+            Ok(connection) => return connection,
+            Err(error) if sort(&error) == Sorted::NextOne => {
+                tracing::debug!(%socket, "a connection went before it was accepted: {error}");
+            }
+            Err(error) => {
+                // Once for each shortage, not ten times a second.
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%socket, "cannot accept connections now, trying on: {error}");
+                }
+                tokio::time::sleep(BACK_OFF).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn no_error_ends_accepting() {
+        let results = RefCell::new(vec![
+            Ok(7),
+            Err(Errno::NFILE.into()),
+            Err(Errno::MFILE.into()),
+            Err(Errno::CONNABORTED.into()),
+            Err(Errno::BADF.into()),
+        ]);
+        let accept = async || results.borrow_mut().pop().unwrap();
+        assert_eq!(accept_one("test", &accept).await, 7);
+    }
+
+    #[test]
+    fn errors_are_sorted_by_errno() {
+        assert_eq!(sort(&Errno::CONNABORTED.into()), Sorted::NextOne);
+        assert_eq!(sort(&Errno::MFILE.into()), Sorted::BackOff);
+        assert_eq!(sort(&io::Error::other("?")), Sorted::BackOff);
+    }
+}

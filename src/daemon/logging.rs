@@ -1,0 +1,59 @@
+//! Logs: to journald with fields where a journal is, to stderr where there is none.
+
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+
+use tracing::Level;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, Registry, reload};
+
+/// Changes the level while the daemon runs.
+#[derive(Debug)]
+pub(super) struct Logging {
+    verbose: u8,
+    level: reload::Handle<LevelFilter, Registry>,
+}
+
+impl Logging {
+    /// Starts logging. `verbose` counts `-v`, and adds to the configured level.
+    pub(super) fn start(level: Level, verbose: u8) -> Logging {
+        let (filter, handle) = reload::Layer::new(filter(level, verbose));
+        let output = match journal() {
+            Some(layer) => layer.boxed(),
+            None => tracing_subscriber::fmt::layer()
+                .with_writer(io::stderr)
+                .with_ansi(io::stderr().is_terminal())
+                .with_target(false)
+                .boxed(),
+        };
+        // A second logger in one process can only be a test's.
+        let _ = tracing_subscriber::registry().with(filter).with(output).try_init();
+        Logging { verbose, level: handle }
+    }
+
+    /// Puts another configured level in force.
+    pub(super) fn set_level(&self, level: Level) {
+        let _ = self.level.reload(filter(level, self.verbose));
+    }
+}
+
+fn filter(level: Level, verbose: u8) -> LevelFilter {
+    let least = match verbose {
+        0 => level,
+        1 => Level::DEBUG,
+        _ => Level::TRACE,
+    };
+    LevelFilter::from_level(level.max(least))
+}
+
+/// The journal, if stderr is connected to it: a daemon started from a terminal logs to the terminal.
+fn journal() -> Option<tracing_journald::Layer> {
+    let connected = std::env::var("JOURNAL_STREAM").ok()?;
+    let stat = rustix::fs::fstat(io::stderr().as_fd()).ok()?;
+    if connected != format!("{}:{}", stat.st_dev, stat.st_ino) {
+        return None;
+    }
+    Some(tracing_journald::layer().ok()?.with_field_prefix(None))
+}

@@ -1,0 +1,90 @@
+//! One image in a memfd.
+
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use super::quota::Charge;
+use crate::sys::memfd;
+
+/// What the kernel gives memory in, in bytes; what an image is charged for is rounded up to it.
+const PAGE: u64 = 4096;
+
+/// An image: a memfd, how much of it has come, and what it is charged for.
+#[derive(Debug)]
+pub struct Image {
+    name: String,
+    file: File,
+    len: Cell<u64>,
+    whole: Cell<bool>,
+    charge: RefCell<Charge>,
+}
+
+impl Image {
+    pub(super) fn create(name: &str, charge: Charge) -> rustix::io::Result<Image> {
+        Ok(Image {
+            name: name.to_owned(),
+            file: memfd::create(name)?.into(),
+            len: Cell::new(0),
+            whole: Cell::new(false),
+            charge: RefCell::new(charge),
+        })
+    }
+
+    /// CRIU's name for it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes that have come.
+    pub fn len(&self) -> u64 {
+        self.len.get()
+    }
+
+    /// Whether nothing has come.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether its end has come.
+    pub fn is_whole(&self) -> bool {
+        self.whole.get()
+    }
+
+    /// The file that holds it.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// How many bytes it is charged for.
+    pub fn charged(&self) -> u64 {
+        self.charge.borrow().bytes()
+    }
+
+    /// How many bytes must be charged before `more` bytes may be accepted.
+    pub fn growth(&self, more: u64) -> u64 {
+        let pages = |bytes: u64| bytes.div_ceil(PAGE) * PAGE;
+        pages(self.len() + more).saturating_sub(self.charged())
+    }
+
+    /// Takes a charge over: it is given back with the image.
+    pub fn charge(&self, charge: Charge) {
+        self.charge.borrow_mut().join(charge);
+    }
+
+    /// Bytes have been appended.
+    pub fn grown_to(&self, len: u64) {
+        self.len.set(len);
+    }
+
+    /// Its end has come.
+    pub fn end(&self) {
+        self.whole.set(true);
+    }
+}
+
+impl AsFd for Image {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}

@@ -1,0 +1,207 @@
+use super::*;
+
+use std::io::Write;
+
+/// An image with one empty record, as CRIU begins them all.
+const RECORDS: &[u8] = b"\x19\x43\x56\x54\x16\x31\x31\x58\x00\x00\x00\x00";
+
+fn store(max_bytes: u64) -> Rc<Store> {
+    let quota_wait = Duration::from_millis(50);
+    Store::new(StoreSettings { max_bytes, quota_wait, ..StoreSettings::default() })
+}
+
+async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) -> Result<(), Exhausted> {
+    let image = store.begin_image(key, name).unwrap();
+    store.charge(key, &image, bytes.len() as u64).await?;
+    image.file().write_all(bytes).unwrap();
+    image.grown_to(bytes.len() as u64);
+    image.end();
+    Ok(())
+}
+
+async fn whole(store: &Rc<Store>, id: &str) -> Key {
+    let key = store.begin(id, "a").unwrap();
+    add(store, key, "inventory.img", RECORDS).await.unwrap();
+    store.complete(key).unwrap();
+    key
+}
+
+fn state(store: &Store, id: &str) -> &'static str {
+    let name = |snapshot: &Snapshot| match snapshot.state {
+        State::Awaited => "awaited",
+        State::Receiving(_) => "receiving",
+        State::Whole(_) => "whole",
+        State::Taken(_) => "taken",
+        State::Damaged { .. } => "damaged",
+    };
+    store.find(id, name).unwrap_or("gone")
+}
+
+fn reason(store: &Store, id: &str) -> String {
+    let reason = |snapshot: &Snapshot| match &snapshot.state {
+        State::Damaged { reason, .. } => reason.clone(),
+        other => panic!("{other:?}"),
+    };
+    store.find(id, reason).unwrap()
+}
+
+#[tokio::test]
+async fn a_set_without_an_inventory_is_damaged_and_gives_its_bytes_back() {
+    let store = store(1 << 20);
+    let key = store.begin("web", "a").unwrap();
+    add(&store, key, "pages-1.img", &[7; 9000]).await.unwrap();
+    assert_eq!(store.quota().used(), 12288);
+    store.complete(key).unwrap_err();
+    assert_eq!(reason(&store, "web"), "there is no inventory.img: the dump did not succeed");
+    assert_eq!(store.quota().used(), 0);
+    let counts = store.find("web", Snapshot::counts).unwrap();
+    assert_eq!(counts, Counts { images: 1, bytes: 9000 });
+}
+
+#[tokio::test]
+async fn an_image_cut_short_or_not_ended_damages_its_snapshot() {
+    let store = store(1 << 20);
+    for (name, bytes, expected) in [
+        ("core-7.img", &RECORDS[..10], "image core-7.img is cut short"),
+        ("inventory.img", &RECORDS[..8], "image inventory.img is cut short: it has no record"),
+        ("inventory.img", &RECORDS[..3], "image inventory.img is cut short: it ends within"),
+    ] {
+        let key = store.begin("web", "a").unwrap();
+        add(&store, key, "inventory.img", RECORDS).await.unwrap();
+        add(&store, key, name, bytes).await.unwrap();
+        let said = store.complete(key).unwrap_err();
+        assert!(said.starts_with(expected), "{said}");
+    }
+    let key = store.begin("web", "a").unwrap();
+    add(&store, key, "inventory.img", RECORDS).await.unwrap();
+    store.begin_image(key, "core-7.img").unwrap();
+    assert_eq!(store.complete(key).unwrap_err(), "image core-7.img has not ended");
+}
+
+#[tokio::test]
+async fn a_restore_waits_until_its_snapshot_is_whole() {
+    let store = store(1 << 20);
+    let key = store.begin("web", "a").unwrap();
+    let claim = store.claim_oldest().unwrap();
+    assert!(store.claim_oldest().is_none(), "another restore waits for another snapshot");
+    let early = tokio::time::timeout(Duration::from_millis(20), claim.images()).await;
+    assert!(early.is_err());
+    add(&store, key, "inventory.img", RECORDS).await.unwrap();
+    store.complete(key).unwrap();
+    assert_eq!(claim.images().await.unwrap().len(), 1);
+    claim.taken();
+    assert_eq!(state(&store, "web"), "taken");
+}
+
+#[tokio::test]
+async fn a_damaged_snapshot_is_refused_at_once_and_a_dropped_one_too() {
+    let store = store(1 << 20);
+    let key = store.begin("web", "a").unwrap();
+    let claim = store.claim_oldest().unwrap();
+    store.fail(key, "the link broke");
+    let refused = claim.images().await.unwrap_err().to_string();
+    assert_eq!(refused, "snapshot web is damaged: the link broke");
+    store.drop_snapshot("web");
+    assert_eq!(claim.images().await.unwrap_err(), Unavailable::Dropped);
+}
+
+#[tokio::test]
+async fn restores_take_the_oldest_first_and_each_its_own() {
+    let store = store(1 << 20);
+    whole(&store, "one").await;
+    whole(&store, "two").await;
+    let (first, second) = (store.claim_oldest().unwrap(), store.claim_oldest().unwrap());
+    assert_eq!((first.id().unwrap(), second.id().unwrap()), ("one".into(), "two".into()));
+    drop(first);
+    let again = store.claim_oldest().unwrap();
+    assert_eq!(again.id().unwrap(), "one", "a restore that read nothing leaves its snapshot");
+}
+
+#[tokio::test]
+async fn an_id_in_use_is_refused_and_a_spent_one_is_used_again() {
+    let store = store(1 << 20);
+    let key = store.begin("web", "a").unwrap();
+    assert_eq!(store.begin("web", "b"), Err(Refused::UnderWay("web".into())));
+    store.fail(key, "torn");
+    whole(&store, "web").await;
+    assert_eq!(store.begin("web", "b"), Err(Refused::Exists("web".into())));
+    store.claim_oldest().unwrap().taken();
+    assert!(store.begin("web", "b").is_ok());
+}
+
+#[tokio::test]
+async fn an_awaited_snapshot_becomes_the_one_that_comes() {
+    let store = store(1 << 20);
+    let claim = store.claim(store.expect("web"));
+    assert_eq!(state(&store, "web"), "awaited");
+    whole(&store, "web").await;
+    assert_eq!(claim.images().await.unwrap().len(), 1);
+    assert!(store.claim_oldest().is_none(), "what a restore asked for by name is not another's");
+}
+
+#[tokio::test]
+async fn what_was_taken_or_damaged_expires_as_configured() {
+    let store = store(1 << 20);
+    let later = |seconds| Instant::now() + Duration::from_secs(seconds);
+    whole(&store, "web").await;
+    assert!(store.expire(later(1_000_000)).is_empty(), "what nobody took stays");
+    store.claim_oldest().unwrap().taken();
+    assert!(store.expire(later(9 * 60)).is_empty());
+    assert_eq!(store.expire(later(11 * 60)), ["web"]);
+    assert_eq!(store.quota().used(), 0);
+
+    store.configure(StoreSettings { keep: Keep::Taken, ..store.settings() });
+    whole(&store, "web").await;
+    let claim = store.claim_oldest().unwrap();
+    claim.taken();
+    assert!(store.expire(Instant::now()).is_empty(), "not while the restore reads");
+    drop(claim);
+    assert_eq!(store.expire(Instant::now()), ["web"]);
+
+    let key = store.begin("db", "a").unwrap();
+    store.fail(key, "torn");
+    assert!(store.expire(later(10)).is_empty());
+    assert_eq!(store.expire(later(3601)), ["db"]);
+}
+
+#[tokio::test]
+async fn the_sender_waits_at_the_quota_until_bytes_are_freed() {
+    let store = store(16384);
+    whole(&store, "old").await;
+    let key = store.begin("new", "a").unwrap();
+    let image = store.begin_image(key, "pages-1.img").unwrap();
+    let free = async {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert!(store.quota().is_reached());
+        store.drop_snapshot("old");
+    };
+    let (charged, ()) = tokio::join!(store.charge(key, &image, 16384), free);
+    charged.unwrap();
+    assert_eq!(store.quota().used(), 16384);
+    assert!(!store.quota().is_reached());
+}
+
+#[tokio::test]
+async fn the_quota_is_exhausted_after_a_while_or_at_once_when_nothing_can_help() {
+    let store = store(16384);
+    whole(&store, "old").await;
+    let key = store.begin("new", "a").unwrap();
+    let image = store.begin_image(key, "pages-1.img").unwrap();
+    let late = store.charge(key, &image, 16384).await.unwrap_err();
+    assert_eq!(
+        late.to_string(),
+        "quota exhausted: 4096 of 16384 bytes (store.max-bytes) were held for 50ms"
+    );
+    let never = store.charge(key, &image, 16385).await.unwrap_err();
+    assert_eq!(never, Exhausted::Never { limit: 16384 });
+    assert_eq!(store.quota().used(), 4096);
+}
+
+#[tokio::test]
+async fn the_list_has_an_end() {
+    let store = Store::new(StoreSettings { max_snapshots: 1, ..StoreSettings::default() });
+    let key = store.begin("one", "a").unwrap();
+    assert_eq!(store.begin("two", "a"), Err(Refused::TooMany(1)));
+    store.fail(key, "torn");
+    assert!(store.begin("one", "a").is_ok(), "a spent entry makes room for its id");
+}
