@@ -1,1 +1,278 @@
-//! (to be filled)
+//! The destination host: links from proxies come in, CRIU's restores are served.
+//!
+//! - [`link`]: one proxy, from its preface to its last snapshot.
+//! - [`restore`]: one CRIU run, as a list of phases.
+
+pub mod link;
+pub mod restore;
+
+mod control;
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tracing::Level;
+
+use crate::config::CacheSettings;
+use crate::control::model::LinkStatus;
+use crate::criu::stream::SERVE_SOCKET;
+use crate::daemon::accept::accept_each;
+use crate::daemon::handed_over::into_tokio;
+use crate::daemon::rate::{Rate, human_bytes};
+use crate::daemon::sessions::{Peer, Sessions, check_peer, may_connect};
+use crate::daemon::{Daemon, Sockets, Wanted, journal};
+use crate::store::{State, Store};
+use crate::sys::clock::now_ms;
+
+use restore::Source;
+
+/// The cache.
+#[derive(Debug)]
+pub struct Cache {
+    settings: RefCell<Rc<CacheSettings>>,
+    store: Rc<Store>,
+    links: Links,
+    restores: Sessions,
+    permits: Arc<Semaphore>,
+    link_permits: Arc<Semaphore>,
+    listeners: RefCell<Vec<JoinHandle<()>>>,
+    rate: Rate,
+    /// Bytes that restores have read.
+    served: Cell<u64>,
+    started_ms: u64,
+}
+
+impl Cache {
+    fn new(settings: CacheSettings) -> Rc<Cache> {
+        let permits = |max: u64| {
+            let max = usize::try_from(max).unwrap_or(usize::MAX);
+            Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS)))
+        };
+        Rc::new(Cache {
+            store: Store::new(settings.store.clone()),
+            links: Links::default(),
+            restores: Sessions::default(),
+            permits: permits(settings.sessions.max),
+            link_permits: permits(settings.link.max),
+            listeners: RefCell::default(),
+            rate: Rate::default(),
+            served: Cell::new(0),
+            started_ms: now_ms(),
+            settings: RefCell::new(Rc::new(settings)),
+        })
+    }
+
+    /// The settings in force; a session keeps those it began with.
+    fn settings(&self) -> Rc<CacheSettings> {
+        self.settings.borrow().clone()
+    }
+
+    /// Whether a peer may have a session; a refusal is logged.
+    fn admit(&self, socket: &UnixStream) -> Option<Peer> {
+        check_peer(socket, &self.settings().allow_uids)
+            .inspect_err(|error| {
+                tracing::warn!(message_id = journal::PEER_REFUSED, "a peer is refused: {error}");
+            })
+            .ok()
+    }
+
+    /// Serves the shared socket: each restore takes the oldest snapshot not yet taken.
+    fn listen(self: &Rc<Self>, listener: UnixListener) {
+        let cache = self.clone();
+        self.keep(async move {
+            let accept = async || Ok(listener.accept().await?.0);
+            let serve = |socket: UnixStream, permit| {
+                if let Some(peer) = cache.admit(&socket) {
+                    let cache = cache.clone();
+                    tokio::task::spawn_local(async move {
+                        let _permit = permit;
+                        restore::serve(&cache, socket, peer, Source::Oldest).await;
+                    });
+                }
+            };
+            accept_each("stream", cache.permits.clone(), accept, serve).await;
+        });
+    }
+
+    /// Serves proxies.
+    fn listen_for_links(self: &Rc<Self>, listener: TcpListener) {
+        let cache = self.clone();
+        self.keep(async move {
+            let accept = async || listener.accept().await;
+            let serve = |(socket, address): (TcpStream, SocketAddr), permit| {
+                let cache = cache.clone();
+                tokio::task::spawn_local(async move {
+                    let _permit = permit;
+                    link::serve(&cache, socket, address).await;
+                });
+            };
+            accept_each("link", cache.link_permits.clone(), accept, serve).await;
+        });
+    }
+
+    fn keep(&self, listener: impl Future<Output = ()> + 'static) {
+        self.listeners.borrow_mut().push(tokio::task::spawn_local(listener));
+    }
+}
+
+/// The links that are up.
+#[derive(Debug, Default)]
+struct Links {
+    peers: RefCell<Vec<Rc<LinkStatus>>>,
+    busy: Sessions,
+}
+
+impl Links {
+    fn add(&self, peer: &str) -> UpLink<'_> {
+        let status =
+            Rc::new(LinkStatus { peer: peer.to_owned(), up: true, why: "connected".to_owned() });
+        self.peers.borrow_mut().push(status.clone());
+        UpLink { links: self, status }
+    }
+}
+
+/// A link that is up, until it is dropped.
+struct UpLink<'a> {
+    links: &'a Links,
+    status: Rc<LinkStatus>,
+}
+
+impl Drop for UpLink<'_> {
+    fn drop(&mut self) {
+        self.links.peers.borrow_mut().retain(|peer| !Rc::ptr_eq(peer, &self.status));
+    }
+}
+
+/// How many snapshots there are in each state.
+#[derive(Debug, Default, Clone, Copy)]
+struct StateCounts {
+    receiving: u64,
+    whole: u64,
+    taken: u64,
+    damaged: u64,
+}
+
+impl StateCounts {
+    fn of(store: &Store) -> StateCounts {
+        let mut counts = StateCounts::default();
+        store.for_each(|snapshot| match snapshot.state {
+            State::Awaited => {}
+            State::Receiving(_) => counts.receiving += 1,
+            State::Whole(_) => counts.whole += 1,
+            State::Taken(_) => counts.taken += 1,
+            State::Damaged { .. } => counts.damaged += 1,
+        });
+        counts
+    }
+}
+
+impl Daemon for Cache {
+    const NAME: &'static str = "criu-image-cache";
+    type Settings = CacheSettings;
+
+    fn wanted(settings: &CacheSettings) -> Wanted<'_> {
+        Wanted {
+            daemon: Self::NAME,
+            work_dir: &settings.work_dir,
+            stream: SERVE_SOCKET,
+            link: Some(&settings.listen),
+        }
+    }
+
+    fn level(settings: &CacheSettings) -> Level {
+        settings.log.level
+    }
+
+    fn set_work_dir(settings: &mut CacheSettings, work_dir: PathBuf) {
+        settings.work_dir = work_dir;
+    }
+
+    fn start(settings: CacheSettings, sockets: Sockets) -> io::Result<Rc<Cache>> {
+        let cache = Cache::new(settings);
+        for listener in sockets.stream {
+            cache.listen(into_tokio(listener)?);
+        }
+        for listener in sockets.link {
+            cache.listen_for_links(tcp_into_tokio(listener)?);
+        }
+        for listener in sockets.control {
+            let backend = control::Control(cache.clone());
+            let allowing = cache.clone();
+            let allowed = move |uid| may_connect(uid, &allowing.settings().allow_uids);
+            cache.keep(crate::control::serve(into_tokio(listener)?, allowed, backend));
+        }
+        Ok(cache)
+    }
+
+    fn reload(&self, settings: CacheSettings) {
+        self.store.configure(settings.store.clone());
+        *self.settings.borrow_mut() = Rc::new(settings);
+    }
+
+    fn tick(&self) {
+        self.rate.sample(self.store.total());
+        for id in self.store.expire(Instant::now()) {
+            tracing::info!(
+                message_id = journal::SNAPSHOT_DROPPED,
+                criu_snapshot = id,
+                "snapshot {id} is no longer kept"
+            );
+        }
+    }
+
+    fn status_line(&self) -> String {
+        let counts = StateCounts::of(&self.store);
+        let links = self.links.peers.borrow().len();
+        let quota = self.store.quota();
+        let reached = if quota.is_reached() { ", QUOTA REACHED, senders wait" } else { "" };
+        format!(
+            "{} receiving, {} whole, {} taken, {} damaged; {} of {} held{reached}; {}/s; {} restores, {links} links",
+            counts.receiving,
+            counts.whole,
+            counts.taken,
+            counts.damaged,
+            human_bytes(quota.used()),
+            human_bytes(quota.limit()),
+            human_bytes(self.rate.per_second()),
+            self.restores.live(),
+        )
+    }
+
+    fn sessions(&self) -> usize {
+        self.restores.live() + self.links.busy.live()
+    }
+
+    fn progress(&self) -> u64 {
+        self.store.total() + self.served.get()
+    }
+
+    fn stop_accepting(&self) {
+        self.listeners.borrow_mut().drain(..).for_each(|task| task.abort());
+    }
+
+    fn farewell(&self) {
+        self.store.for_each(|snapshot| {
+            if matches!(snapshot.state, State::Whole(_)) {
+                tracing::warn!(
+                    message_id = journal::SNAPSHOT_DROPPED,
+                    criu_snapshot = snapshot.id,
+                    "snapshot {} is lost: the cache was stopped before a restore took it",
+                    snapshot.id
+                );
+            }
+        });
+    }
+}
+
+fn tcp_into_tokio(listener: StdTcpListener) -> io::Result<TcpListener> {
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener)
+}

@@ -97,6 +97,14 @@ fn known<T: Settings>() -> toml::Table {
     toml::Table::try_from(T::default()).expect("settings are a table")
 }
 
+/// A cache's address with its port, [`LINK_PORT`] where `text` names none. The error says what an
+/// address looks like.
+pub fn full_address(text: &str) -> Result<String, String> {
+    words::HostPort::parse(text).ok_or_else(|| {
+        format!("{text:?} is no address of a cache: HOST, HOST:PORT or [IPV6]:PORT is expected")
+    })
+}
+
 /// The machine's memory in bytes, as the kernel counts it: what percentages are a share of. A
 /// limit set for a control group does not lower it.
 pub fn physical_memory() -> u64 {

@@ -32,7 +32,7 @@ impl Syntax for Flag {
 pub(super) struct HostPort;
 
 impl HostPort {
-    fn parse(text: &str) -> Option<String> {
+    pub(super) fn parse(text: &str) -> Option<String> {
         if text.starts_with('[') {
             let full =
                 if text.ends_with(']') { format!("{text}:{LINK_PORT}") } else { text.into() };

@@ -3,9 +3,11 @@
 
 pub mod accept;
 pub mod cli;
+pub mod handed_over;
 pub mod journal;
 mod logging;
 mod notify;
+pub mod rate;
 mod service;
 pub mod sessions;
 mod sockets;

@@ -19,7 +19,7 @@ mod snapshot;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -56,6 +56,9 @@ pub enum Refused {
     /// The id is that of a snapshot still coming.
     #[error("a snapshot {0} is being received already")]
     UnderWay(String),
+    /// The id is that of a snapshot which a restore is reading.
+    #[error("a restore is reading a snapshot {0}")]
+    InUse(String),
     /// The list is full.
     #[error("the store lists {0} snapshots, its limit (store.max-snapshots)")]
     TooMany(u64),
@@ -146,36 +149,40 @@ impl Store {
         self.insert(Snapshot::new(id, "", State::Awaited))
     }
 
-    /// A snapshot begins to come from `peer`.
+    /// Keeps a snapshot for the restores that ask for it by name.
+    pub fn reserve(&self, key: Key) {
+        self.update(key, |snapshot| snapshot.reserved = true);
+    }
+
+    /// Resolves when the snapshot is no longer listed.
+    pub async fn gone(&self, key: Key) {
+        let mut changed = self.watch();
+        while self.snapshots.borrow().contains_key(&key) {
+            // The store outlives those who wait for it.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// A snapshot begins to come from `peer`. An id that is awaited or spent is used (again).
     pub fn begin(&self, id: &str, peer: &str) -> Result<Key, Refused> {
-        let mut replaced = None;
-        if let Some(key) = self.key_of(id) {
-            let mut snapshots = self.snapshots.borrow_mut();
-            if let Some(known) = snapshots.get_mut(&key) {
-                match &known.state {
-                    State::Receiving(_) => return Err(Refused::UnderWay(id.to_owned())),
-                    State::Whole(_) => return Err(Refused::Exists(id.to_owned())),
-                    // Restores wait for this very entry.
-                    State::Awaited => {
-                        *known =
-                            Snapshot { restores: known.restores, ..Snapshot::receiving(id, peer) };
-                        drop(snapshots);
-                        self.changed.send_replace(());
-                        return Ok(key);
-                    }
-                    State::Taken { .. } | State::Damaged { .. } => replaced = Some(key),
-                }
+        let Some(key) = self.key_of(id) else {
+            let limit = self.settings.borrow().max_snapshots;
+            if self.snapshots.borrow().len() as u64 >= limit {
+                return Err(Refused::TooMany(limit));
             }
+            return Ok(self.insert(Snapshot::new(id, peer, State::Receiving(Rc::default()))));
+        };
+        let refused = self.find(id, |known| match known.state {
+            State::Receiving(_) => Some(Refused::UnderWay(id.to_owned())),
+            State::Whole(_) => Some(Refused::Exists(id.to_owned())),
+            State::Taken(_) if known.restores > 0 => Some(Refused::InUse(id.to_owned())),
+            State::Awaited | State::Taken(_) | State::Damaged { .. } => None,
+        });
+        if let Some(refused) = refused.flatten() {
+            return Err(refused);
         }
-        let limit = self.settings.borrow().max_snapshots;
-        let listed = self.snapshots.borrow().len() as u64 - u64::from(replaced.is_some());
-        if listed >= limit {
-            return Err(Refused::TooMany(limit));
-        }
-        if let Some(key) = replaced {
-            self.snapshots.borrow_mut().remove(&key);
-        }
-        Ok(self.insert(Snapshot::receiving(id, peer)))
+        self.update(key, |snapshot| snapshot.begin(peer));
+        Ok(key)
     }
 
     /// An image of a snapshot begins. One of that name that ended before is replaced.
@@ -239,8 +246,8 @@ impl Store {
         });
     }
 
-    /// Binds a restore to the oldest snapshot that is whole or coming and that no restore is bound
-    /// to or has taken.
+    /// Binds a restore to the oldest snapshot that is whole or coming, that no restore is bound to
+    /// or has taken, and that is not reserved.
     pub fn claim_oldest(self: &Rc<Store>) -> Option<Claim> {
         let key = self
             .snapshots
@@ -248,6 +255,7 @@ impl Store {
             .iter()
             .find(|(_, snapshot)| {
                 snapshot.restores == 0
+                    && !snapshot.reserved
                     && matches!(snapshot.state, State::Receiving(_) | State::Whole(_))
             })
             .map(|(key, _)| *key)?;
@@ -367,12 +375,6 @@ impl Drop for Claim {
     fn drop(&mut self) {
         self.store.update(self.key, |snapshot| snapshot.restores -= 1);
     }
-}
-
-/// Milliseconds since the epoch, for people; intervals are measured with [`Instant`].
-pub(crate) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

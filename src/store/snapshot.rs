@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use super::image::Image;
-use super::now_ms;
+use crate::sys::clock::now_ms;
 
 /// The images of a snapshot by name.
 pub type Images = BTreeMap<String, Rc<Image>>;
@@ -56,6 +56,8 @@ pub struct Snapshot {
     pub ended_ms: u64,
     /// How many restores are bound to it now.
     pub restores: usize,
+    /// Whether it is kept for restores that ask for it by name.
+    pub reserved: bool,
 }
 
 impl Snapshot {
@@ -68,11 +70,15 @@ impl Snapshot {
             begun_ms: now_ms(),
             ended_ms: 0,
             restores: 0,
+            reserved: false,
         }
     }
 
-    pub(super) fn receiving(id: &str, peer: &str) -> Snapshot {
-        Snapshot::new(id, peer, State::Receiving(Rc::default()))
+    /// Begins to come, or to come again.
+    pub(super) fn begin(&mut self, peer: &str) {
+        let (restores, reserved) = (self.restores, self.reserved);
+        let begun = Snapshot::new(&self.id, peer, State::Receiving(Rc::default()));
+        *self = Snapshot { restores, reserved, ..begun };
     }
 
     /// Becomes whole or damaged.

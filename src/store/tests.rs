@@ -132,11 +132,12 @@ async fn an_id_in_use_is_refused_and_a_spent_one_is_used_again() {
 #[tokio::test]
 async fn an_awaited_snapshot_becomes_the_one_that_comes() {
     let store = store(1 << 20);
-    let claim = store.claim(store.expect("web"));
+    let key = store.expect("web");
     assert_eq!(state(&store, "web"), "awaited");
-    whole(&store, "web").await;
-    assert_eq!(claim.images().await.unwrap().len(), 1);
-    assert!(store.claim_oldest().is_none(), "what a restore asked for by name is not another's");
+    store.reserve(key);
+    assert_eq!(whole(&store, "web").await, key);
+    assert!(store.claim_oldest().is_none(), "what is asked for by name is not another's");
+    assert_eq!(store.claim(key).images().await.unwrap().len(), 1);
 }
 
 #[tokio::test]

@@ -91,6 +91,12 @@ impl Writer {
         Ok(())
     }
 
+    /// Drops what is in [`payload`](Self::payload): nobody wants it any more.
+    pub fn drop_payload(&mut self) -> io::Result<()> {
+        self.pipe = Pipe::new(self.pipe.capacity())?;
+        Ok(())
+    }
+
     async fn send_bytes(&mut self, mut bytes: &[u8], flags: SendFlags) -> io::Result<()> {
         let flags = flags | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         while !bytes.is_empty() {

@@ -1,0 +1,137 @@
+//! The cache behind its control socket.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use tokio::net::UnixListener;
+
+use super::restore::{self, Source};
+use super::{Cache, StateCounts};
+use crate::control::model::{self, LinkStatus, Role, SnapshotState, Status};
+use crate::control::{Backend, Open, Refusal};
+use crate::daemon::accept::accept_one;
+use crate::daemon::handed_over::Socket;
+use crate::daemon::journal;
+use crate::store::{Key, Snapshot, State};
+
+/// What answers the control socket.
+pub(super) struct Control(pub(super) Rc<Cache>);
+
+impl Backend for Control {
+    fn status(&self) -> Status {
+        let cache = &self.0;
+        let counts = StateCounts::of(&cache.store);
+        Status {
+            role: Role::Cache,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_ms: cache.started_ms,
+            sessions: cache.restores.live() as u64,
+            receiving: counts.receiving,
+            whole: counts.whole,
+            taken: counts.taken,
+            damaged: counts.damaged,
+            held_bytes: cache.store.quota().used(),
+            max_bytes: cache.store.quota().limit(),
+            total_bytes: cache.store.total(),
+            rate: cache.rate.per_second(),
+            links: cache.links.peers.borrow().iter().map(|peer| LinkStatus::clone(peer)).collect(),
+        }
+    }
+
+    fn list(&self) -> Vec<model::Snapshot> {
+        let mut list = Vec::new();
+        self.0.store.for_each(|snapshot| list.push(describe(snapshot)));
+        list
+    }
+
+    fn show(&self, id: &str) -> Option<(model::Snapshot, Vec<model::Image>)> {
+        self.0.store.find(id, |snapshot| {
+            let images = snapshot.images().into_iter().flat_map(|images| images.values());
+            let describe_image = |image: &Rc<crate::store::Image>| model::Image {
+                name: image.name().to_owned(),
+                bytes: image.len(),
+                whole: image.is_whole(),
+            };
+            (describe(snapshot), images.map(describe_image).collect())
+        })
+    }
+
+    fn snapshot(&self, id: &str) -> Option<model::Snapshot> {
+        self.0.store.find(id, describe)
+    }
+
+    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+        self.0.store.drop_snapshot(id).ok_or(Refusal::NoSuchSnapshot)?;
+        tracing::info!(
+            message_id = journal::SNAPSHOT_DROPPED,
+            criu_snapshot = id,
+            "snapshot {id} dropped by the operator"
+        );
+        Ok(())
+    }
+
+    fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
+        if request.to.is_some() {
+            return Err(Refusal::Refused(
+                "a cache sends nothing: `to` is for the proxy".to_owned(),
+            ));
+        }
+        let cache = self.0.clone();
+        let socket = Socket::from(request.listening, socket)
+            .map_err(|error| Refusal::Refused(format!("the socket cannot be used: {error}")))?;
+        let key = cache.store.expect(&request.id);
+        let source = Source::Named { key, take: request.take };
+        if request.listening && request.take {
+            cache.store.reserve(key);
+        }
+        tokio::task::spawn_local(async move {
+            match socket {
+                Socket::Connected(socket) => {
+                    if let Some(peer) = cache.admit(&socket) {
+                        restore::serve(&cache, socket, peer, source).await;
+                    }
+                }
+                Socket::Listening(listener) => listen(&cache, &listener, key, source).await,
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Serves an opened directory until its snapshot is gone: a restore that failed may be tried again.
+async fn listen(cache: &Rc<Cache>, listener: &UnixListener, key: Key, source: Source) {
+    let accept = async || Ok(listener.accept().await?.0);
+    loop {
+        let socket = tokio::select! {
+            socket = accept_one("an opened directory", &accept) => socket,
+            () = cache.store.gone(key) => return,
+        };
+        if let Some(peer) = cache.admit(&socket) {
+            let cache = cache.clone();
+            tokio::task::spawn_local(async move {
+                restore::serve(&cache, socket, peer, source).await;
+            });
+        }
+    }
+}
+
+fn describe(snapshot: &Snapshot) -> model::Snapshot {
+    let counts = snapshot.counts();
+    let (state, reason) = match &snapshot.state {
+        State::Awaited => (SnapshotState::Awaited, ""),
+        State::Receiving(_) => (SnapshotState::Receiving, ""),
+        State::Whole(_) => (SnapshotState::Whole, ""),
+        State::Taken(_) => (SnapshotState::Taken, ""),
+        State::Damaged { reason, .. } => (SnapshotState::Damaged, reason.as_str()),
+    };
+    model::Snapshot {
+        id: snapshot.id.clone(),
+        state,
+        reason: reason.to_owned(),
+        peer: snapshot.peer.clone(),
+        images: counts.images,
+        bytes: counts.bytes,
+        begun_ms: snapshot.begun_ms,
+        ended_ms: snapshot.ended_ms,
+    }
+}

@@ -1,0 +1,258 @@
+//! One restore: a CRIU run connected to `streamer-serve.sock`, from its first request to its end.
+
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::Instrument;
+
+use crate::config::CacheSettings;
+use crate::criu::stream::{BadRequest, decode_request, encode_reply};
+use crate::daemon::journal;
+use crate::daemon::sessions::{BadSession, Peer, closed, read_request, receive_descriptor};
+use crate::store::{Claim, Image, Images, Key, Unavailable};
+use crate::sys::pipe::{DEFAULT_CAPACITY, NotThatEnd, PipeWriter};
+
+use super::Cache;
+
+/// Which snapshot a restore gets.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source {
+    /// The oldest that no restore has taken: the shared socket.
+    Oldest,
+    /// The one that a directory was opened for.
+    Named {
+        /// The snapshot.
+        key: Key,
+        /// Whether reading it counts as taking it.
+        take: bool,
+    },
+}
+
+/// Why a restore failed. The peer is in the log line's fields.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// CRIU, or what speaks in its place, broke the protocol.
+    #[error("{0}")]
+    Session(#[from] BadSession),
+    /// Its request cannot be understood.
+    #[error("{0}")]
+    Request(#[from] BadRequest),
+    /// It passed something else than the write end of a pipe.
+    #[error("image {name}: {cause}")]
+    Pipe {
+        /// The image.
+        name: String,
+        /// What it was.
+        cause: NotThatEnd,
+    },
+    /// It went away while it waited.
+    #[error("the peer left while it waited for its snapshot")]
+    Left,
+    /// There is no such snapshot to be had.
+    #[error("{0}")]
+    Unavailable(#[from] Unavailable),
+    /// It does not take the answer.
+    #[error("the peer does not take the answer to its request: {0}")]
+    Reply(io::Error),
+}
+
+/// What a restore has read.
+#[derive(Debug, Default)]
+struct Read {
+    images: u64,
+    bytes: u64,
+}
+
+/// Serves one restore. A failure ends this session only: CRIU sees its socket closed.
+pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source: Source) {
+    let _session = cache.restores.enter();
+    let span =
+        tracing::info_span!("restore", criu_peer = %peer, criu_snapshot = tracing::field::Empty);
+    let settings = cache.settings();
+    async {
+        let started = Instant::now();
+        let mut restore = Restore {
+            cache,
+            settings,
+            socket,
+            claim: None,
+            pipes: JoinSet::new(),
+            sent: Read::default(),
+        };
+        let result = restore.run(source).await;
+        if let Err(failure) = result {
+            // Without a request there was no restore.
+            tracing::warn!(
+                message_id = journal::PEER_REFUSED,
+                "a restore by {peer} ended: {failure}"
+            );
+            return;
+        }
+        let take = matches!(source, Source::Oldest | Source::Named { take: true, .. });
+        if let (Some(claim), true) = (&restore.claim, take && restore.sent.images > 0) {
+            claim.taken();
+            tell_taken(claim, &restore.sent, started);
+        }
+    }
+    .instrument(span)
+    .await;
+}
+
+fn tell_taken(claim: &Claim, sent: &Read, started: Instant) {
+    let id = claim.id().unwrap_or_default();
+    let (criu_bytes, criu_images) = (sent.bytes, sent.images);
+    let criu_seconds = started.elapsed().as_secs_f64();
+    tracing::info!(
+        message_id = journal::SNAPSHOT_TAKEN,
+        criu_bytes,
+        criu_images,
+        criu_seconds,
+        "snapshot {id} taken: {criu_bytes} bytes of {criu_images} images read, {criu_seconds:.2} s"
+    );
+}
+
+struct Restore<'a> {
+    cache: &'a Cache,
+    settings: Rc<CacheSettings>,
+    socket: UnixStream,
+    claim: Option<Claim>,
+    pipes: JoinSet<u64>,
+    sent: Read,
+}
+
+impl Restore<'_> {
+    async fn run(&mut self, source: Source) -> Result<(), Failure> {
+        let patience = self.settings.sessions.request_timeout;
+        while let Some(request) = read_request(&mut self.socket, patience).await? {
+            let name = decode_request(&request)?;
+            let images = self.images(source).await?;
+            self.answer(&images, &name, patience).await?;
+        }
+        self.finish().await;
+        Ok(())
+    }
+
+    /// The snapshot's images, once it is whole. CRIU waits for an image that is not there yet, and
+    /// may only be told that there is none when nothing more can come.
+    async fn images(&mut self, source: Source) -> Result<Rc<Images>, Failure> {
+        let wait = async {
+            let claim = match self.claim.take() {
+                Some(claim) => claim,
+                None => claim(self.cache, source).await,
+            };
+            let images = claim.images().await;
+            (claim, images)
+        };
+        let (claim, images) = tokio::select! {
+            claimed = wait => claimed,
+            () = closed(&self.socket) => return Err(Failure::Left),
+        };
+        if let Some(id) = claim.id() {
+            tracing::Span::current().record("criu_snapshot", id);
+        }
+        self.claim = Some(claim);
+        Ok(images?)
+    }
+
+    async fn answer(
+        &mut self,
+        images: &Images,
+        name: &str,
+        patience: Duration,
+    ) -> Result<(), Failure> {
+        let image = images.get(name);
+        let reply = encode_reply(image.is_some());
+        match timeout(patience, self.socket.write_all(&reply)).await {
+            Err(_) => return Err(BadSession::Late(patience).into()),
+            Ok(written) => written.map_err(Failure::Reply)?,
+        }
+        let Some(image) = image else {
+            tracing::trace!("there is no image {name}");
+            return Ok(());
+        };
+        let descriptor = receive_descriptor(&self.socket, patience).await?;
+        let pipe = PipeWriter::adopt(descriptor)
+            .map_err(|cause| Failure::Pipe { name: name.to_owned(), cause })?;
+        self.sent.images += 1;
+        let pipe_size = usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX);
+        self.pipes.spawn_local(fill(pipe, image.clone(), pipe_size));
+        while let Some(filled) = self.pipes.try_join_next() {
+            self.count(filled.unwrap_or(0));
+        }
+        Ok(())
+    }
+
+    /// CRIU has closed the socket; its tasks may still read from their pipes. One that stops
+    /// reading is given up after a while: nobody can tell it from one that has gone.
+    async fn finish(&mut self) {
+        let limit = self.settings.sessions.stall_timeout;
+        loop {
+            match timeout(limit, self.pipes.join_next()).await {
+                Ok(Some(filled)) => self.count(filled.unwrap_or(0)),
+                Ok(None) => return,
+                Err(_) => {
+                    tracing::warn!(
+                        "{} images were not read to their end in {limit:?}",
+                        self.pipes.len()
+                    );
+                    return;
+                }
+            }
+        }
+    }
+
+    fn count(&mut self, bytes: u64) {
+        self.sent.bytes += bytes;
+        self.cache.served.set(self.cache.served.get() + bytes);
+    }
+}
+
+async fn claim(cache: &Cache, source: Source) -> Claim {
+    let key = match source {
+        Source::Named { key, .. } => return cache.store.claim(key),
+        Source::Oldest => loop {
+            let mut changed = cache.store.watch();
+            if let Some(claim) = cache.store.claim_oldest() {
+                break claim;
+            }
+            // The store is there as long as the cache is.
+            let _ = changed.changed().await;
+        },
+    };
+    key
+}
+
+/// Moves an image into CRIU's pipe, from memory without a copy. Returns how many bytes CRIU took: it
+/// may close a pipe before its end (it does so for nftables images), and that is the image's end.
+async fn fill(pipe: PipeWriter, image: Rc<Image>, pipe_size: usize) -> u64 {
+    if image.len() > DEFAULT_CAPACITY as u64 {
+        pipe.grow(pipe_size);
+    }
+    let mut offset = 0;
+    while offset < image.len() {
+        let len = usize::try_from(image.len() - offset).unwrap_or(usize::MAX).min(pipe_size);
+        match pipe.transfer_from_file(image.file(), &mut offset, len).await {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
+                tracing::debug!(criu_image = image.name(), "closed after {offset} bytes");
+                break;
+            }
+            Err(error) => {
+                tracing::warn!(
+                    criu_image = image.name(),
+                    "image {} cannot be read: {error}",
+                    image.name()
+                );
+                break;
+            }
+        }
+    }
+    offset
+}

@@ -1,0 +1,103 @@
+//! The proxy behind its control socket.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use tokio::net::{UnixListener, UnixStream};
+
+use super::Proxy;
+use super::dump::{self, Target};
+use super::records::Record;
+use crate::config::full_address;
+use crate::control::model::{Image, Role, Snapshot, SnapshotState, Status};
+use crate::control::{Backend, Open, Refusal};
+use crate::daemon::accept::accept_one;
+use crate::daemon::handed_over::Socket;
+
+/// What answers the control socket.
+pub(super) struct Control(pub(super) Rc<Proxy>);
+
+impl Backend for Control {
+    fn status(&self) -> Status {
+        let proxy = &self.0;
+        let counts = proxy.records.counts();
+        Status {
+            role: Role::Proxy,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_ms: proxy.started_ms,
+            sessions: proxy.sessions.live() as u64,
+            receiving: counts.receiving,
+            whole: counts.whole,
+            taken: 0,
+            damaged: counts.damaged,
+            held_bytes: 0,
+            max_bytes: 0,
+            total_bytes: proxy.records.total(),
+            rate: proxy.rate.per_second(),
+            links: proxy.links.status(&proxy.settings().cache),
+        }
+    }
+
+    fn list(&self) -> Vec<Snapshot> {
+        self.0.records.list()
+    }
+
+    fn show(&self, id: &str) -> Option<(Snapshot, Vec<Image>)> {
+        self.0.records.find(id).map(|record| (record.info(), record.images()))
+    }
+
+    fn snapshot(&self, id: &str) -> Option<Snapshot> {
+        self.0.records.find(id).map(|record| record.info())
+    }
+
+    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+        if self.0.records.drop_snapshot(id) { Ok(()) } else { Err(Refusal::NoSuchSnapshot) }
+    }
+
+    fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
+        let proxy = self.0.clone();
+        let cache = match &request.to {
+            Some(to) => full_address(to).map_err(Refusal::Refused)?,
+            None => proxy.settings().cache.clone(),
+        };
+        let socket = Socket::from(request.listening, socket)
+            .map_err(|error| Refusal::Refused(format!("the socket cannot be used: {error}")))?;
+        let record =
+            proxy.records.add(&request.id, &cache, SnapshotState::Awaited).ok_or_else(|| {
+                let id = &request.id;
+                Refusal::Refused(format!(
+                    "snapshot {id} is awaited or being sent already; drop it first"
+                ))
+            })?;
+        let target = Target { id: request.id, cache, record: Some(record.clone()) };
+        tokio::task::spawn_local(async move {
+            match socket {
+                Socket::Connected(socket) => drop(serve_one(&proxy, socket, target).await),
+                Socket::Listening(listener) => listen(&proxy, &listener, target, &record).await,
+            }
+        });
+        Ok(())
+    }
+}
+
+async fn serve_one(proxy: &Proxy, socket: UnixStream, target: Target) -> bool {
+    match proxy.admit(&socket) {
+        Some(peer) => dump::serve(proxy, socket, peer, target).await,
+        None => false,
+    }
+}
+
+/// Serves an opened directory until one dump of it is at the cache: a dump that failed may be tried
+/// again.
+async fn listen(proxy: &Proxy, listener: &UnixListener, target: Target, record: &Rc<Record>) {
+    let accept = async || Ok(listener.accept().await?.0);
+    loop {
+        let socket = tokio::select! {
+            socket = accept_one("an opened directory", &accept) => socket,
+            _ = record.stopped() => return,
+        };
+        if serve_one(proxy, socket, target.clone()).await {
+            return;
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! What was sent, and what is being sent, for `criu-imagectl` and the status line. A record of a
+//! snapshot that has ended keeps its counts, not its list of images.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use tokio::sync::watch;
+
+use crate::control::model::{Image, Snapshot, SnapshotState};
+use crate::sys::clock::now_ms;
+
+/// Ended snapshots that are listed; older ones are forgotten.
+const KEPT: usize = 256;
+
+/// Every snapshot that the proxy knows, oldest first.
+#[derive(Debug, Default)]
+pub struct Records {
+    records: RefCell<BTreeMap<u64, Rc<Record>>>,
+    next: Cell<u64>,
+    total: Cell<u64>,
+}
+
+/// How many snapshots there are in each state.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct StateCounts {
+    /// Being sent.
+    pub receiving: u64,
+    /// Acknowledged by the cache.
+    pub whole: u64,
+    /// Failed.
+    pub damaged: u64,
+}
+
+/// One snapshot.
+#[derive(Debug)]
+pub struct Record {
+    info: RefCell<Snapshot>,
+    images: RefCell<BTreeMap<String, Image>>,
+    stop: watch::Sender<Option<String>>,
+}
+
+impl Records {
+    /// Lists a snapshot, in the place of an ended one of the same id. `None` when one of that id is
+    /// still awaited or being sent.
+    pub fn add(&self, id: &str, peer: &str, state: SnapshotState) -> Option<Rc<Record>> {
+        let mut records = self.records.borrow_mut();
+        if records.values().any(|record| record.is(id) && !record.has_ended()) {
+            return None;
+        }
+        records.retain(|_, record| {
+            let replaced = record.is(id);
+            if replaced {
+                // A directory may still be open for it.
+                record.stop("it was replaced");
+            }
+            !replaced
+        });
+        let info = Snapshot {
+            id: id.to_owned(),
+            state,
+            reason: String::new(),
+            peer: peer.to_owned(),
+            images: 0,
+            bytes: 0,
+            begun_ms: now_ms(),
+            ended_ms: 0,
+        };
+        let record = Rc::new(Record {
+            info: RefCell::new(info),
+            images: RefCell::default(),
+            stop: watch::Sender::new(None),
+        });
+        records.insert(self.next.replace(self.next.get() + 1), record.clone());
+        Some(record)
+    }
+
+    /// Counts bytes sent.
+    pub fn sent(&self, bytes: u64) {
+        self.total.set(self.total.get() + bytes);
+    }
+
+    /// Bytes sent since the start.
+    pub fn total(&self) -> u64 {
+        self.total.get()
+    }
+
+    /// Every snapshot, oldest first.
+    pub fn list(&self) -> Vec<Snapshot> {
+        self.records.borrow().values().map(|record| record.info()).collect()
+    }
+
+    /// The snapshot of that id.
+    pub fn find(&self, id: &str) -> Option<Rc<Record>> {
+        self.records.borrow().values().find(|record| record.is(id)).cloned()
+    }
+
+    /// Forgets a snapshot; one that is awaited or being sent is stopped.
+    pub fn drop_snapshot(&self, id: &str) -> bool {
+        let Some(record) = self.find(id) else { return false };
+        record.stop("it was dropped by the operator");
+        self.records.borrow_mut().retain(|_, other| !Rc::ptr_eq(other, &record));
+        true
+    }
+
+    /// Forgets the oldest of those that have ended, beyond what is kept.
+    pub fn forget_old(&self) {
+        let mut records = self.records.borrow_mut();
+        let ended = records.values().filter(|record| record.has_ended()).count();
+        let mut surplus = ended.saturating_sub(KEPT);
+        records.retain(|_, record| {
+            let forget = surplus > 0 && record.has_ended();
+            surplus -= usize::from(forget);
+            !forget
+        });
+    }
+
+    /// No directory is awaited any more.
+    pub fn stop_awaiting(&self) {
+        self.stop_all("the proxy stops", |state| state == SnapshotState::Awaited);
+    }
+
+    /// Nothing that is under way is finished.
+    pub fn abandon(&self, reason: &str) {
+        self.stop_all(reason, |_| true);
+    }
+
+    /// How many snapshots there are in each state.
+    pub fn counts(&self) -> StateCounts {
+        let mut counts = StateCounts::default();
+        for record in self.records.borrow().values() {
+            match record.state() {
+                SnapshotState::Receiving => counts.receiving += 1,
+                SnapshotState::Whole => counts.whole += 1,
+                SnapshotState::Damaged => counts.damaged += 1,
+                SnapshotState::Awaited | SnapshotState::Taken => {}
+            }
+        }
+        counts
+    }
+
+    fn stop_all(&self, reason: &str, which: impl Fn(SnapshotState) -> bool) {
+        let records = self.records.borrow();
+        records.values().filter(|record| which(record.state())).for_each(|r| r.stop(reason));
+    }
+}
+
+impl Record {
+    /// The snapshot as it is now.
+    pub fn info(&self) -> Snapshot {
+        self.info.borrow().clone()
+    }
+
+    /// Its images, while it is being sent.
+    pub fn images(&self) -> Vec<Image> {
+        self.images.borrow().values().cloned().collect()
+    }
+
+    /// Its state.
+    pub fn state(&self) -> SnapshotState {
+        self.info.borrow().state
+    }
+
+    /// A dump has come for it.
+    pub fn begin(&self) {
+        let mut info = self.info.borrow_mut();
+        *info = Snapshot {
+            state: SnapshotState::Receiving,
+            reason: String::new(),
+            images: 0,
+            bytes: 0,
+            begun_ms: now_ms(),
+            ended_ms: 0,
+            ..info.clone()
+        };
+        self.images.borrow_mut().clear();
+    }
+
+    /// An image begins.
+    pub fn begin_image(&self, name: &str) {
+        let image = Image { name: name.to_owned(), bytes: 0, whole: false };
+        self.images.borrow_mut().insert(name.to_owned(), image);
+        self.info.borrow_mut().images += 1;
+    }
+
+    /// Bytes of an image were sent.
+    pub fn sent(&self, name: &str, bytes: u64) {
+        if let Some(image) = self.images.borrow_mut().get_mut(name) {
+            image.bytes += bytes;
+        }
+        self.info.borrow_mut().bytes += bytes;
+    }
+
+    /// An image has ended.
+    pub fn end_image(&self, name: &str) {
+        if let Some(image) = self.images.borrow_mut().get_mut(name) {
+            image.whole = true;
+        }
+    }
+
+    /// The snapshot has ended: the cache has it, or it failed and why.
+    pub fn end(&self, failure: Option<String>) {
+        let mut info = self.info.borrow_mut();
+        info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Whole };
+        info.reason = failure.unwrap_or_default();
+        info.ended_ms = now_ms();
+        self.images.borrow_mut().clear();
+    }
+
+    /// Tells whoever works on it to stop.
+    pub fn stop(&self, reason: &str) {
+        self.stop.send_replace(Some(reason.to_owned()));
+    }
+
+    /// Resolves when it is to be stopped, with the reason.
+    pub async fn stopped(&self) -> String {
+        let mut stop = self.stop.subscribe();
+        let told = stop.wait_for(Option::is_some).await;
+        // The sender lives in this record.
+        told.ok().and_then(|reason| reason.clone()).unwrap_or_default()
+    }
+
+    fn is(&self, id: &str) -> bool {
+        self.info.borrow().id == id
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self.state(), SnapshotState::Whole | SnapshotState::Damaged)
+    }
+}
