@@ -246,7 +246,7 @@ impl Incoming<'_> {
             Action::Nothing => {}
             Action::Begin { snapshot, id } => self.begin(snapshot, id),
             Action::BeginImage { snapshot, image, name } => {
-                self.begin_image(snapshot, image, &name)
+                self.begin_image(snapshot, image, &name);
             }
             Action::Append { snapshot, image } => {
                 return self.append(reader, snapshot, image, len).await;
@@ -375,7 +375,9 @@ impl Incoming<'_> {
     /// The link is over: what was under way is damaged. Returns how many snapshots that were.
     fn abandon(&mut self, reason: &str) -> usize {
         let under_way: Vec<u32> = self.snapshots.keys().copied().collect();
-        under_way.iter().for_each(|snapshot| self.fail(*snapshot, reason, false));
+        for snapshot in &under_way {
+            self.fail(*snapshot, reason, false);
+        }
         under_way.len()
     }
 }

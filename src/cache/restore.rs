@@ -214,18 +214,17 @@ impl Restore<'_> {
 }
 
 async fn claim(cache: &Cache, source: Source) -> Claim {
-    let key = match source {
-        Source::Named { key, .. } => return cache.store.claim(key),
-        Source::Oldest => loop {
-            let mut changed = cache.store.watch();
-            if let Some(claim) = cache.store.claim_oldest() {
-                break claim;
-            }
-            // The store is there as long as the cache is.
-            let _ = changed.changed().await;
-        },
-    };
-    key
+    if let Source::Named { key, .. } = source {
+        return cache.store.claim(key);
+    }
+    loop {
+        let mut changed = cache.store.watch();
+        if let Some(claim) = cache.store.claim_oldest() {
+            return claim;
+        }
+        // The store is there as long as the cache is.
+        let _ = changed.changed().await;
+    }
 }
 
 /// Moves an image into CRIU's pipe, from memory without a copy. Returns how many bytes CRIU took: it

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser};
 
-/// Exit status for a configuration that is refused: EX_CONFIG of sysexits.h, as systemd has it.
+/// Exit status for a configuration that is refused: `EX_CONFIG` of sysexits.h, as systemd has it.
 pub const EXIT_CONFIG: u8 = 78;
 
 const EXIT_STATUS: &str = "\

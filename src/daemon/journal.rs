@@ -1,4 +1,4 @@
-//! The events that an operator acts on, by MESSAGE_ID (journald's `sd_journal_send(3)`,
+//! The events that an operator acts on, by `MESSAGE_ID` (journald's `sd_journal_send(3)`,
 //! `journalctl MESSAGE_ID=…`). An id never changes its meaning.
 //!
 //! Fields that go with them: `CRIU_SNAPSHOT`, `CRIU_IMAGE`, `CRIU_IMAGES`, `CRIU_BYTES`,

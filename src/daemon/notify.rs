@@ -43,7 +43,7 @@ pub(super) fn stopping(status: &str, more: Duration) {
     ]);
 }
 
-/// How often systemd wants to hear from the daemon, if at all: half of WatchdogSec=.
+/// How often systemd wants to hear from the daemon, if at all: half of `WatchdogSec=`.
 pub(super) fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled().map(|limit| limit / 2)
 }

@@ -47,7 +47,7 @@ pub fn human_bytes(bytes: u64) -> String {
     }
     let power = (bytes.ilog2() / 10).min(5);
     #[allow(clippy::cast_precision_loss)] // one decimal is shown
-    let value = bytes as f64 / f64::from(1u32 << 10).powi(power.cast_signed());
+    let value = bytes as f64 / (1u64 << (10 * power)) as f64;
     format!("{value:.1} {}", UNITS[power as usize - 1])
 }
 

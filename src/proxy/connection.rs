@@ -131,7 +131,9 @@ impl Connection {
     pub(super) fn close(&self, why: &str) -> usize {
         self.closed.set(true);
         let fates = std::mem::take(&mut *self.fates.borrow_mut());
-        fates.values().for_each(|fate| settle(fate, Fate::Lost(why.to_owned())));
+        for fate in fates.values() {
+            settle(fate, Fate::Lost(why.to_owned()));
+        }
         fates.len()
     }
 
@@ -282,26 +284,10 @@ async fn obey(
         Command::End { snapshot } => sender.end(snapshot),
         Command::Abort { snapshot, reason } => sender.abort(snapshot, &reason),
         Command::Chunk { snapshot, image, pipe, moved } => {
-            // Into the lane's own pipe first: then the length is known, nobody else can take the
-            // bytes away, and CRIU has room for the next while these are sent.
-            let len = match pipe.transfer_to(writer.payload(), max_chunk) {
-                Ok(0) => return answer(moved, Ok(Chunk::End)),
-                Ok(len) => len,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return answer(moved, Ok(Chunk::NotYet));
-                }
-                Err(error) => return answer(moved, Err(error)),
-            };
-            match sender.data(snapshot, image, len) {
-                Some(message) => {
-                    writer.send_payload(&message, len).await?;
-                    return answer(moved, Ok(Chunk::Moved(len as u64)));
-                }
-                None => {
-                    writer.drop_payload()?;
-                    return answer(moved, Err(io::ErrorKind::ConnectionAborted.into()));
-                }
-            }
+            let outcome = forward(snapshot, image, &pipe, sender, writer, max_chunk).await?;
+            // An image that has gone does not want to know.
+            let _ = moved.send(outcome);
+            None
         }
     };
     match message {
@@ -310,8 +296,27 @@ async fn obey(
     }
 }
 
-/// Tells the image what came of its chunk; an image that has gone does not want to know.
-fn answer(moved: oneshot::Sender<io::Result<Chunk>>, outcome: io::Result<Chunk>) -> io::Result<()> {
-    let _ = moved.send(outcome);
-    Ok(())
+/// Moves what is in an image's pipe. The outer error is the link's, the inner one the image's.
+async fn forward(
+    snapshot: u32,
+    image: u32,
+    pipe: &PipeReader,
+    sender: &mut Sender,
+    writer: &mut Writer,
+    max_chunk: usize,
+) -> io::Result<io::Result<Chunk>> {
+    // Into the lane's own pipe first: then the length is known, nobody else can take the bytes
+    // away, and CRIU has room for the next while these are sent.
+    let len = match pipe.transfer_to(writer.payload(), max_chunk) {
+        Ok(0) => return Ok(Ok(Chunk::End)),
+        Ok(len) => len,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Ok(Chunk::NotYet)),
+        Err(error) => return Ok(Err(error)),
+    };
+    let Some(message) = sender.data(snapshot, image, len) else {
+        writer.drop_payload()?;
+        return Ok(Err(io::ErrorKind::ConnectionAborted.into()));
+    };
+    writer.send_payload(&message, len).await?;
+    Ok(Ok(Chunk::Moved(len as u64)))
 }

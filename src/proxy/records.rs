@@ -16,7 +16,7 @@ const KEPT: usize = 256;
 /// Every snapshot that the proxy knows, oldest first.
 #[derive(Debug, Default)]
 pub struct Records {
-    records: RefCell<BTreeMap<u64, Rc<Record>>>,
+    by_age: RefCell<BTreeMap<u64, Rc<Record>>>,
     next: Cell<u64>,
     total: Cell<u64>,
 }
@@ -44,7 +44,7 @@ impl Records {
     /// Lists a snapshot, in the place of an ended one of the same id. `None` when one of that id is
     /// still awaited or being sent.
     pub fn add(&self, id: &str, peer: &str, state: SnapshotState) -> Option<Rc<Record>> {
-        let mut records = self.records.borrow_mut();
+        let mut records = self.by_age.borrow_mut();
         if records.values().any(|record| record.is(id) && !record.has_ended()) {
             return None;
         }
@@ -87,25 +87,25 @@ impl Records {
 
     /// Every snapshot, oldest first.
     pub fn list(&self) -> Vec<Snapshot> {
-        self.records.borrow().values().map(|record| record.info()).collect()
+        self.by_age.borrow().values().map(|record| record.info()).collect()
     }
 
     /// The snapshot of that id.
     pub fn find(&self, id: &str) -> Option<Rc<Record>> {
-        self.records.borrow().values().find(|record| record.is(id)).cloned()
+        self.by_age.borrow().values().find(|record| record.is(id)).cloned()
     }
 
     /// Forgets a snapshot; one that is awaited or being sent is stopped.
     pub fn drop_snapshot(&self, id: &str) -> bool {
         let Some(record) = self.find(id) else { return false };
         record.stop("it was dropped by the operator");
-        self.records.borrow_mut().retain(|_, other| !Rc::ptr_eq(other, &record));
+        self.by_age.borrow_mut().retain(|_, other| !Rc::ptr_eq(other, &record));
         true
     }
 
     /// Forgets the oldest of those that have ended, beyond what is kept.
     pub fn forget_old(&self) {
-        let mut records = self.records.borrow_mut();
+        let mut records = self.by_age.borrow_mut();
         let ended = records.values().filter(|record| record.has_ended()).count();
         let mut surplus = ended.saturating_sub(KEPT);
         records.retain(|_, record| {
@@ -128,7 +128,7 @@ impl Records {
     /// How many snapshots there are in each state.
     pub fn counts(&self) -> StateCounts {
         let mut counts = StateCounts::default();
-        for record in self.records.borrow().values() {
+        for record in self.by_age.borrow().values() {
             match record.state() {
                 SnapshotState::Receiving => counts.receiving += 1,
                 SnapshotState::Whole => counts.whole += 1,
@@ -140,7 +140,7 @@ impl Records {
     }
 
     fn stop_all(&self, reason: &str, which: impl Fn(SnapshotState) -> bool) {
-        let records = self.records.borrow();
+        let records = self.by_age.borrow();
         records.values().filter(|record| which(record.state())).for_each(|r| r.stop(reason));
     }
 }

@@ -97,7 +97,7 @@ pub struct PipeReader(pipe::Receiver);
 impl PipeReader {
     /// Takes a descriptor from a peer, after checking that it is what it has to be.
     ///
-    /// O_NONBLOCK is set on our own file description; CRIU's end is another one.
+    /// `O_NONBLOCK` is set on our own file description; CRIU's end is another one.
     pub fn adopt(fd: OwnedFd) -> Result<PipeReader, NotThatEnd> {
         check_end(&fd, OFlags::RDONLY)?;
         Ok(PipeReader(pipe::Receiver::from_owned_fd(fd)?))
