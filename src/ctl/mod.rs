@@ -1,1 +1,62 @@
-//! (to be filled)
+//! `criu-imagectl`: what an operator asks the daemons.
+//!
+//! Each command is a file. What it has to say goes to stdout in one piece, as text or, with
+//! `--json`, as JSON; errors are a line or two on stderr, and the exit status ([`Exit`]) says which
+//! kind. `push` and `extract` are clients of CRIU's stream protocol, as `criu dump` and
+//! `criu restore` are.
+
+mod cli;
+mod exit;
+mod extract;
+mod generate;
+mod look;
+mod open;
+mod print;
+mod push;
+mod reach;
+mod stream;
+mod wait;
+
+pub use cli::Cli;
+pub use exit::Exit;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::Command;
+use exit::Failure;
+use print::Output;
+
+/// Runs the command that the arguments ask for.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(run(cli)),
+        Err(error) => Err(Failure::failed(format!("the event loop cannot be set up: {error}"))),
+    };
+    match outcome {
+        Ok(()) => Exit::Done.into(),
+        Err(failure) => {
+            failure.report();
+            failure.exit.into()
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<(), Failure> {
+    let output = Output { json: cli.json };
+    let daemon = cli.daemon;
+    match cli.command {
+        Command::Status => look::status(&daemon, output).await,
+        Command::List => look::list(&daemon, output).await,
+        Command::Show { snapshot } => look::show(&daemon, output, &snapshot).await,
+        Command::Wait(wait) => wait::run(&daemon, output, &wait).await,
+        Command::Drop { snapshots } => look::drop_all(&daemon, output, &snapshots).await,
+        Command::Extract(extract) => extract::run(&daemon, output, &extract).await,
+        Command::Push(push) => push::run(&daemon, output, &push).await,
+        Command::Open(open) => open::run(&daemon, output, &open).await,
+        Command::Generate { what, dir } => generate::run(what, &dir),
+    }
+}

@@ -1,0 +1,253 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::exit::HELP;
+
+/// The command line of `criu-imagectl`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "criu-imagectl",
+    version,
+    about = "Looks at and steers criu-image-proxy and criu-image-cache",
+    long_about = "criu-imagectl asks criu-image-proxy (on the source host) and criu-image-cache (on \
+the destination host) over their control sockets.\n\n\
+Without --proxy, --cache or --socket it asks the daemon whose socket exists here. Where both run, \
+status and list show both, and push and extract know which one they need.\n\n\
+Examples:\n  \
+criu-imagectl status\n  \
+criu-imagectl --cache list\n  \
+criu-imagectl wait web && criu restore --stream -D /srv/web",
+    after_help = HELP,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub(super) daemon: Daemon,
+
+    /// Print results as JSON; errors stay text on stderr
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// Which daemon is asked.
+#[derive(Debug, Default, Args)]
+#[group(multiple = false)]
+pub(super) struct Daemon {
+    /// Ask criu-image-proxy
+    #[arg(long, global = true, conflicts_with_all = ["cache", "socket"])]
+    pub(super) proxy: bool,
+
+    /// Ask criu-image-cache
+    #[arg(long, global = true, conflicts_with = "socket")]
+    pub(super) cache: bool,
+
+    /// Ask the daemon whose control socket is at PATH
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(super) socket: Option<PathBuf>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Show the daemons at a glance: sessions, snapshots, memory, links
+    #[command(after_help = "Example:\n  criu-imagectl status\n  criu-imagectl --json status")]
+    Status,
+
+    /// List the snapshots
+    #[command(after_help = "Example:\n  criu-imagectl --cache list")]
+    List,
+
+    /// Show a snapshot and its images
+    #[command(after_help = "Example:\n  criu-imagectl show web")]
+    Show {
+        /// The snapshot's id
+        snapshot: String,
+    },
+
+    /// Wait until a snapshot is whole; it need not be there yet
+    #[command(after_help = "Example, on the destination host:\n  \
+criu-imagectl wait web --timeout 1min && criu restore --stream -D /srv/web\n\n\
+The exit status is 5 if the snapshot is damaged and 6 if the time is over.")]
+    Wait(Wait),
+
+    /// Forget snapshots and free their memory
+    #[command(after_help = "Example:\n  criu-imagectl --cache drop web db")]
+    Drop {
+        /// The snapshots' ids
+        #[arg(required = true, value_name = "SNAPSHOT")]
+        snapshots: Vec<String>,
+    },
+
+    /// Write a snapshot's images into a directory, readable by crit and criu restore -D
+    #[command(after_help = "Example, on the destination host:\n  \
+criu-imagectl extract /tmp/web && crit decode -i /tmp/web/inventory.img --pretty\n\n\
+The cache keeps the snapshot; it does not count as taken. DIR is made with mode 0700 and the files \
+with mode 0600: they are the memory of a process. If anything fails, what was written is removed.")]
+    Extract(Extract),
+
+    /// Send a directory of images made by criu dump -D through the proxy
+    #[command(after_help = "Example, on the source host:\n  \
+criu dump -t PID -D /tmp/web && criu-imagectl push /tmp/web --to hostb\n\n\
+It ends when the cache has acknowledged the snapshot. Files that are not CRIU's images (logs, \
+statistics) are left out. A dump with a parent (--prev-images-dir) is not supported yet.")]
+    Push(Push),
+
+    /// Make CRIU's stream socket in a directory of your choice
+    #[command(after_help = "Examples:\n  \
+criu-imagectl --proxy open /srv/web   # then: criu dump --stream -D /srv/web -t PID\n  \
+criu-imagectl --cache open /srv/web   # then: criu restore --stream -D /srv/web\n\n\
+The directory's name is the snapshot's. The socket is made here and handed to the daemon, which \
+needs no right to the directory. It prints the criu command to use.")]
+    Open(Open),
+
+    /// Write man pages or shell completions, for packagers
+    #[command(hide = true)]
+    Generate {
+        /// What to write
+        what: Generate,
+        /// Into this directory
+        dir: PathBuf,
+    },
+}
+
+/// `wait`
+#[derive(Debug, Args)]
+pub(super) struct Wait {
+    /// The snapshot's id
+    pub(super) snapshot: String,
+
+    /// Give up after this time, as in 30, 1.5s, 500ms, 10min, 2h
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(super) timeout: Option<Duration>,
+
+    /// Wait for this state
+    #[arg(long = "for", value_name = "STATE", default_value = "whole")]
+    pub(super) until: Until,
+}
+
+/// The state that `wait` waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Until {
+    /// It can be restored
+    Whole,
+    /// A restore has read it
+    Taken,
+}
+
+/// `extract`
+#[derive(Debug, Args)]
+pub(super) struct Extract {
+    /// The snapshot, if it is not called as DIR is
+    #[arg(long, value_name = "ID")]
+    pub(super) snapshot: Option<String>,
+
+    /// Replace images that are there already
+    #[arg(long)]
+    pub(super) force: bool,
+
+    /// Where the images go; made if it is missing
+    pub(super) dir: PathBuf,
+}
+
+/// `push`
+#[derive(Debug, Args)]
+pub(super) struct Push {
+    /// The snapshot's id, if not DIR's name
+    #[arg(long, value_name = "ID")]
+    pub(super) snapshot: Option<String>,
+
+    /// The cache it goes to, instead of the configured one
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub(super) to: Option<String>,
+
+    /// Say which files are left out
+    #[arg(short, long)]
+    pub(super) verbose: bool,
+
+    /// The directory with the images
+    pub(super) dir: PathBuf,
+}
+
+/// `open`
+#[derive(Debug, Args)]
+pub(super) struct Open {
+    /// The snapshot's id, if not DIR's name
+    #[arg(long, value_name = "ID")]
+    pub(super) snapshot: Option<String>,
+
+    /// The cache that the dump goes to, instead of the configured one (proxy only)
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub(super) to: Option<String>,
+
+    /// The directory; it must exist
+    pub(super) dir: PathBuf,
+}
+
+/// What `generate` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Generate {
+    /// Man pages
+    Man,
+    /// Completions for bash, zsh and fish
+    Completions,
+}
+
+/// Reads a duration: seconds, or a number with ms, s, min or h.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || "a duration is wanted, as in 30, 1.5s, 500ms, 10min, 2h".to_owned();
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let seconds = match unit.trim() {
+        "" | "s" => number,
+        "ms" => number / 1e3,
+        "min" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return Err(wrong()),
+    };
+    Duration::try_from_secs_f64(seconds).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(duration("30"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("10min"), Ok(Duration::from_secs(600)));
+        for wrong in ["", "s", "-1", "1 week", "1e400"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn only_one_daemon_can_be_named() {
+        assert!(Cli::try_parse_from(["criu-imagectl", "--proxy", "--cache", "list"]).is_err());
+        assert!(Cli::try_parse_from(["criu-imagectl", "list", "--cache"]).is_ok());
+    }
+}

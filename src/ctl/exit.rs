@@ -1,0 +1,114 @@
+//! How the command ends: the exit status, and what is said about it.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use crate::control::{CACHE_SOCKET, ClientError, PROXY_SOCKET};
+
+/// The exit status. [`HELP`] documents it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// What was asked is done.
+    Done = 0,
+    /// It failed.
+    Failed = 1,
+    /// The arguments are wrong.
+    Usage = 2,
+    /// The daemon cannot be reached.
+    Unreachable = 3,
+    /// The daemon knows no such snapshot.
+    NoSuchSnapshot = 4,
+    /// The snapshot is damaged.
+    Damaged = 5,
+    /// It took longer than `--timeout` allows.
+    TimedOut = 6,
+}
+
+/// The exit status as `--help` tells it.
+pub(super) const HELP: &str = "\
+Exit status:
+  0  done
+  1  failed
+  2  wrong usage
+  3  the daemon cannot be reached
+  4  no such snapshot
+  5  the snapshot is damaged
+  6  timed out";
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// Why the command failed: what was wrong and where, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub(super) struct Failure {
+    pub(super) exit: Exit,
+    what: String,
+    cure: Option<String>,
+}
+
+impl Failure {
+    pub(super) fn new(exit: Exit, what: impl Into<String>) -> Failure {
+        Failure { exit, what: what.into(), cure: None }
+    }
+
+    pub(super) fn failed(what: impl Into<String>) -> Failure {
+        Failure::new(Exit::Failed, what)
+    }
+
+    pub(super) fn usage(what: impl Into<String>) -> Failure {
+        Failure::new(Exit::Usage, what)
+    }
+
+    /// A snapshot that can never be restored.
+    pub(super) fn damaged(id: &str, reason: &str) -> Failure {
+        Failure::new(Exit::Damaged, format!("snapshot {id} is damaged: {reason}"))
+            .cure("it can never be restored; the process it was taken of runs on: dump it again")
+    }
+
+    /// Says what to do.
+    pub(super) fn cure(self, cure: impl Into<String>) -> Failure {
+        Failure { cure: Some(cure.into()), ..self }
+    }
+
+    /// Writes it to stderr. If that cannot be written, nobody reads it.
+    pub(super) fn report(&self) {
+        let mut stderr = std::io::stderr().lock();
+        let _ = writeln!(stderr, "criu-imagectl: {}", self.what);
+        if let Some(cure) = &self.cure {
+            let _ = writeln!(stderr, "  {cure}");
+        }
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Failure {
+        let what = error.to_string();
+        match error {
+            ClientError::Unreachable { path, source } => {
+                let cure = if source.kind() == std::io::ErrorKind::PermissionDenied {
+                    "be root, or in the group criu-image"
+                } else if path.as_os_str() == PROXY_SOCKET {
+                    "systemctl start criu-image-proxy-control.socket"
+                } else if path.as_os_str() == CACHE_SOCKET {
+                    "systemctl start criu-image-cache-control.socket"
+                } else {
+                    "start the daemon whose --work-dir this is"
+                };
+                let what = format!("the daemon cannot be reached: {what}");
+                Failure::new(Exit::Unreachable, what).cure(cure)
+            }
+            ClientError::Broken { .. } => Failure::failed(what).cure(
+                "the daemon's journal says why; a uid that is not among its allow-uids is turned away",
+            ),
+            ClientError::NoSuchSnapshot(_) => {
+                Failure::new(Exit::NoSuchSnapshot, what).cure("criu-imagectl list")
+            }
+            ClientError::Refused(_) => Failure::failed(format!("the daemon refuses: {what}")),
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Which daemon is meant, and connecting to it.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::cli::Daemon;
+use super::exit::{Exit, Failure};
+use crate::control::model::Role;
+use crate::control::{CACHE_SOCKET, Client, PROXY_SOCKET};
+use crate::criu::stream::check_name;
+
+/// The sockets of every daemon that is asked: the named one, or those that exist.
+pub(super) fn all(daemon: &Daemon) -> Result<Vec<PathBuf>, Failure> {
+    if let Some(path) = named(daemon) {
+        return Ok(vec![path]);
+    }
+    let sockets = [PROXY_SOCKET, CACHE_SOCKET].map(PathBuf::from);
+    let there: Vec<_> = sockets.into_iter().filter(|path| path.exists()).collect();
+    if there.is_empty() {
+        let what = format!("no daemon is here: neither {PROXY_SOCKET} nor {CACHE_SOCKET} exists");
+        return Err(Failure::new(Exit::Unreachable, what).cure(
+            "systemctl start criu-image-proxy-control.socket (source host) or \
+             criu-image-cache-control.socket (destination host)",
+        ));
+    }
+    Ok(there)
+}
+
+/// Connects to the one daemon that is meant.
+pub(super) async fn one(daemon: &Daemon) -> Result<Client, Failure> {
+    let mut sockets = all(daemon)?;
+    match (sockets.pop(), sockets.is_empty()) {
+        (Some(path), true) => Ok(Client::connect(path).await?),
+        _ => Err(Failure::usage("both a proxy and a cache are here")
+            .cure("say which one is meant: --proxy or --cache")),
+    }
+}
+
+/// Connects to the daemon of a role, for a command that only this one has.
+pub(super) async fn only(
+    daemon: &Daemon,
+    role: Role,
+    command: &'static str,
+) -> Result<Client, Failure> {
+    let (socket, wrong, name) = match role {
+        Role::Proxy => (PROXY_SOCKET, daemon.cache, "proxy"),
+        Role::Cache => (CACHE_SOCKET, daemon.proxy, "cache"),
+    };
+    let mistaken = || {
+        Failure::usage(format!("{command} is a command of the {name}, not of the other daemon"))
+            .cure(format!("criu-imagectl --{name} {command} …"))
+    };
+    if wrong {
+        return Err(mistaken());
+    }
+    let path = daemon.socket.clone().unwrap_or_else(|| socket.into());
+    let mut client = Client::connect(path).await?;
+    if client.status().await?.role == role { Ok(client) } else { Err(mistaken()) }
+}
+
+fn named(daemon: &Daemon) -> Option<PathBuf> {
+    if daemon.proxy {
+        Some(PROXY_SOCKET.into())
+    } else if daemon.cache {
+        Some(CACHE_SOCKET.into())
+    } else {
+        daemon.socket.clone()
+    }
+}
+
+/// The snapshot that a directory stands for: the id given, or the directory's name.
+pub(super) fn snapshot_id(given: Option<&str>, dir: &Path) -> Result<String, Failure> {
+    let name = match given {
+        Some(id) => Some(id.to_owned()),
+        // The directory may be `.` or a link, and need not be there yet.
+        None => std::fs::canonicalize(dir)
+            .unwrap_or_else(|_| dir.to_owned())
+            .file_name()
+            .and_then(OsStr::to_str)
+            .map(str::to_owned),
+    };
+    let Some(name) = name else {
+        return Err(Failure::usage(format!("{} gives no snapshot its name", dir.display()))
+            .cure("name it: --snapshot ID"));
+    };
+    match check_name(&name) {
+        Ok(()) => Ok(name),
+        Err(bad) => Err(Failure::usage(bad.to_string().replace("image", "snapshot"))
+            .cure("name it otherwise: --snapshot ID")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_names_its_snapshot() {
+        let dir = tempfile::tempdir().unwrap();
+        let web = dir.path().join("web");
+        assert_eq!(snapshot_id(None, &web).unwrap(), "web");
+        assert_eq!(snapshot_id(Some("db"), &web).unwrap(), "db");
+        std::fs::create_dir(&web).unwrap();
+        std::os::unix::fs::symlink(&web, dir.path().join("link")).unwrap();
+        assert_eq!(snapshot_id(None, &dir.path().join("link")).unwrap(), "web");
+        for (given, dir) in [(Some("a/b"), "x"), (None, "/")] {
+            assert_eq!(snapshot_id(given, Path::new(dir)).unwrap_err().exit, Exit::Usage);
+        }
+    }
+}

@@ -1,0 +1,491 @@
+//! `criu-imagectl` against a daemon that is a thread of this test, over the real control socket and
+//! CRIU's real stream protocol.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use criu_image_relay::control::model::{Image, Role, Snapshot, SnapshotState, Status};
+use criu_image_relay::control::{Backend, Open, Refusal, serve};
+use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
+use criu_image_relay::sys::scm::receive_descriptor;
+use serde_json::Value;
+
+/// A snapshot with its images in memory.
+#[derive(Clone)]
+struct Held {
+    snapshot: Snapshot,
+    images: BTreeMap<String, Vec<u8>>,
+}
+
+/// What the fake daemons of a test share: what is pushed to one can be extracted from the other.
+#[derive(Clone, Default)]
+struct Store(Arc<Mutex<BTreeMap<String, Held>>>);
+
+impl Store {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Held>> {
+        self.0.lock().unwrap()
+    }
+
+    fn put(&self, id: &str, state: SnapshotState, images: &[(&str, &[u8])]) {
+        let images: BTreeMap<_, _> =
+            images.iter().map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec())).collect();
+        let snapshot = Snapshot {
+            id: id.to_owned(),
+            state,
+            reason: String::new(),
+            peer: "hosta".to_owned(),
+            images: images.len() as u64,
+            bytes: images.values().map(|bytes| bytes.len() as u64).sum(),
+            begun_ms: 1_000,
+            ended_ms: 3_000,
+        };
+        self.lock().insert(id.to_owned(), Held { snapshot, images });
+    }
+
+    fn damage(&self, id: &str, reason: &str) {
+        let mut held = self.lock();
+        let snapshot = &mut held.get_mut(id).unwrap().snapshot;
+        snapshot.state = SnapshotState::Damaged;
+        reason.clone_into(&mut snapshot.reason);
+    }
+}
+
+/// How a fake daemon misbehaves.
+#[derive(Clone, Copy, PartialEq)]
+enum Manner {
+    Honest,
+    /// Ends a capture at the second image; serves images without their last byte.
+    CutsShort,
+}
+
+struct Fake {
+    role: Role,
+    store: Store,
+    manner: Manner,
+    opened: Arc<Mutex<Vec<Open>>>,
+}
+
+impl Backend for Fake {
+    fn status(&self) -> Status {
+        let held = self.store.lock();
+        let count =
+            |state| held.values().filter(|held| held.snapshot.state == state).count() as u64;
+        Status {
+            role: self.role,
+            version: "0.1.0".to_owned(),
+            started_ms: 1_000,
+            sessions: 0,
+            receiving: count(SnapshotState::Receiving),
+            whole: count(SnapshotState::Whole),
+            taken: count(SnapshotState::Taken),
+            damaged: count(SnapshotState::Damaged),
+            held_bytes: 0,
+            max_bytes: 1 << 30,
+            total_bytes: 0,
+            rate: 0,
+            links: Vec::new(),
+        }
+    }
+
+    fn list(&self) -> Vec<Snapshot> {
+        self.store.lock().values().map(|held| held.snapshot.clone()).collect()
+    }
+
+    fn show(&self, id: &str) -> Option<(Snapshot, Vec<Image>)> {
+        let held = self.store.lock().get(id)?.clone();
+        let image = |(name, bytes): (String, Vec<u8>)| Image {
+            name,
+            bytes: bytes.len() as u64,
+            whole: true,
+        };
+        Some((held.snapshot, held.images.into_iter().map(image).collect()))
+    }
+
+    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+        self.store.lock().remove(id).map(drop).ok_or(Refusal::NoSuchSnapshot)
+    }
+
+    fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
+        self.opened.lock().unwrap().push(request.clone());
+        if request.listening {
+            // Somebody has to keep it open.
+            std::mem::forget(socket);
+            return Ok(());
+        }
+        let (store, manner, role) = (self.store.clone(), self.manner, self.role);
+        let id = request.id;
+        if role == Role::Proxy {
+            if store.lock().contains_key(&id) {
+                return Err(Refusal::Refused(format!("snapshot {id} is there already")));
+            }
+            store.put(&id, SnapshotState::Awaited, &[]);
+        }
+        std::thread::spawn(move || {
+            let socket = UnixStream::from(socket);
+            socket.set_nonblocking(false).unwrap();
+            match role {
+                Role::Proxy => capture(socket, &id, &store, manner),
+                Role::Cache => serve_images(socket, &id, &store, manner),
+            }
+        });
+        Ok(())
+    }
+}
+
+fn next_request(socket: &mut UnixStream) -> Option<String> {
+    let mut header = [0; 4];
+    socket.read_exact(&mut header).ok()?;
+    let mut message = vec![0; request_len(header).unwrap()];
+    socket.read_exact(&mut message).unwrap();
+    Some(decode_request(&message).unwrap())
+}
+
+fn next_pipe(socket: &UnixStream) -> Option<File> {
+    loop {
+        match receive_descriptor(socket) {
+            Ok(end) => return end.map(File::from),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn capture(mut socket: UnixStream, id: &str, store: &Store, manner: Manner) {
+    let mut count = 0;
+    while let Some(name) = next_request(&mut socket) {
+        let Some(mut pipe) = next_pipe(&socket) else { return };
+        count += 1;
+        if manner == Manner::CutsShort && count == 2 {
+            store.damage(id, "the quota is exhausted");
+            return;
+        }
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes).unwrap();
+        let mut held = store.lock();
+        let held = held.get_mut(id).unwrap();
+        held.snapshot.images += 1;
+        held.snapshot.bytes += bytes.len() as u64;
+        held.snapshot.state = SnapshotState::Receiving;
+        assert!(held.images.insert(name, bytes).is_none());
+    }
+    let mut held = store.lock();
+    held.get_mut(id).unwrap().snapshot.state = SnapshotState::Whole;
+}
+
+fn serve_images(mut socket: UnixStream, id: &str, store: &Store, manner: Manner) {
+    while let Some(name) = next_request(&mut socket) {
+        let bytes = store.lock()[id].images.get(&name).cloned();
+        socket.write_all(&encode_reply(bytes.is_some())).unwrap();
+        let Some(bytes) = bytes else { continue };
+        let Some(mut pipe) = next_pipe(&socket) else { return };
+        let cut = usize::from(manner == Manner::CutsShort);
+        pipe.write_all(&bytes[..bytes.len() - cut]).unwrap();
+    }
+}
+
+/// A fake daemon and a directory for the test's files.
+struct Daemon {
+    dir: tempfile::TempDir,
+    socket: PathBuf,
+    store: Store,
+    opened: Arc<Mutex<Vec<Open>>>,
+}
+
+impl Daemon {
+    fn start(role: Role, store: &Store, manner: Manner) -> Daemon {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("control.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let opened = Arc::default();
+        let fake = Fake { role, store: store.clone(), manner, opened: Arc::clone(&opened) };
+        std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            tokio::task::LocalSet::new().block_on(&runtime, async {
+                let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+                serve(listener, |_| true, fake).await;
+            });
+        });
+        Daemon { dir, socket, store: store.clone(), opened }
+    }
+
+    fn honest(role: Role) -> Daemon {
+        Daemon::start(role, &Store::default(), Manner::Honest)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs the command against this daemon.
+    fn ctl(&self, arguments: &[&str]) -> Ran {
+        let mut command = imagectl();
+        command.arg("--socket").arg(&self.socket).args(arguments);
+        Ran(command.output().unwrap())
+    }
+}
+
+fn imagectl() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_criu-imagectl"))
+}
+
+struct Ran(Output);
+
+impl Ran {
+    #[track_caller]
+    fn exits(self, code: i32) -> Ran {
+        assert_eq!(self.0.status.code(), Some(code), "{}{}", self.out(), self.err());
+        self
+    }
+
+    fn out(&self) -> String {
+        String::from_utf8(self.0.stdout.clone()).unwrap()
+    }
+
+    fn err(&self) -> String {
+        String::from_utf8(self.0.stderr.clone()).unwrap()
+    }
+
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.0.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn complains(self, of: &str) -> Ran {
+        assert!(self.err().contains(of), "{}", self.err());
+        assert_eq!(self.out(), "");
+        self
+    }
+}
+
+/// A directory as `criu dump -D` leaves it, with more pages than a pipe holds.
+fn dumped(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    fs::create_dir(dir).unwrap();
+    let pages: Vec<u8> = (0..3_000_001u32).map(|n| (n % 251) as u8).collect();
+    let images = [
+        ("inventory.img", b"inventory".to_vec()),
+        ("pages-1.img", pages),
+        ("core-7.img", b"core".to_vec()),
+        ("empty.img", Vec::new()),
+    ];
+    for (name, bytes) in &images {
+        fs::write(dir.join(name), bytes).unwrap();
+    }
+    fs::write(dir.join("dump.log"), "log").unwrap();
+    fs::write(dir.join("stats-dump"), "stats").unwrap();
+    images.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect()
+}
+
+fn utf8(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn a_directory_is_pushed_and_extracted_unchanged() {
+    let store = Store::default();
+    let proxy = Daemon::start(Role::Proxy, &store, Manner::Honest);
+    let cache = Daemon::start(Role::Cache, &store, Manner::Honest);
+    let images = dumped(&proxy.path("web"));
+    let pushed = proxy.ctl(&["--json", "push", "--to", "hostb", utf8(&proxy.path("web"))]).exits(0);
+    assert_eq!(pushed.json()["snapshot"], "web");
+    assert_eq!(pushed.json()["images"], 4);
+    assert_eq!(pushed.json()["skipped"], serde_json::json!(["dump.log", "stats-dump"]));
+    assert_eq!(store.lock()["web"].images, images);
+    assert_eq!(proxy.opened.lock().unwrap()[0].to.as_deref(), Some("hostb"));
+
+    let to = cache.path("new/web");
+    cache.ctl(&["extract", utf8(&to)]).exits(0);
+    let read = |entry: io::Result<fs::DirEntry>| {
+        let entry = entry.unwrap();
+        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())
+    };
+    assert_eq!(fs::read_dir(&to).unwrap().map(read).collect::<BTreeMap<_, _>>(), images);
+    assert_eq!(fs::metadata(&to).unwrap().permissions().mode() & 0o777, 0o700);
+    assert!(!cache.opened.lock().unwrap()[0].take);
+
+    cache.ctl(&["extract", utf8(&to)]).exits(1).complains("is there already");
+    fs::write(to.join("core-7.img"), "other").unwrap();
+    cache.ctl(&["extract", "--force", utf8(&to)]).exits(0);
+    assert_eq!(fs::read(to.join("core-7.img")).unwrap(), images["core-7.img"]);
+}
+
+#[test]
+fn a_session_that_the_proxy_ends_tells_its_reason() {
+    let proxy = Daemon::start(Role::Proxy, &Store::default(), Manner::CutsShort);
+    dumped(&proxy.path("web"));
+    proxy.ctl(&["push", utf8(&proxy.path("web"))]).exits(5).complains("the quota is exhausted");
+}
+
+#[test]
+fn what_cannot_be_pushed_is_refused_before_it_starts() {
+    let proxy = Daemon::honest(Role::Proxy);
+    let dir = proxy.path("web");
+    dumped(&dir);
+    std::os::unix::fs::symlink("../0", dir.join("parent")).unwrap();
+    proxy.ctl(&["push", utf8(&dir)]).exits(1).complains("incremental");
+    fs::remove_file(dir.join("parent")).unwrap();
+    proxy.store.put("web", SnapshotState::Whole, &[]);
+    proxy.ctl(&["push", utf8(&dir)]).exits(1).complains("there already");
+    fs::remove_file(dir.join("inventory.img")).unwrap();
+    proxy.ctl(&["push", utf8(&dir)]).exits(1).complains("no inventory.img");
+    proxy.ctl(&["extract", utf8(&dir)]).exits(2).complains("command of the cache");
+}
+
+#[test]
+fn an_extraction_that_fails_leaves_nothing() {
+    let cache = Daemon::start(Role::Cache, &Store::default(), Manner::CutsShort);
+    let images: [(&str, &[u8]); 2] = [("core-7.img", b"core"), ("inventory.img", b"inventory")];
+    cache.store.put("web", SnapshotState::Whole, &images);
+    let to = cache.path("web");
+    cache.ctl(&["extract", utf8(&to)]).exits(1).complains("3 bytes came, the cache has 4");
+    assert!(!to.exists());
+    cache.store.put("evil", SnapshotState::Whole, &[("../../core-7.img", b"core")]);
+    cache.ctl(&["extract", utf8(&cache.path("evil"))]).exits(1).complains("slash");
+    cache.store.put("half", SnapshotState::Receiving, &images);
+    cache.ctl(&["extract", utf8(&cache.path("half"))]).exits(1).complains("not whole");
+    cache.store.damage("half", "cut short");
+    cache.ctl(&["extract", utf8(&cache.path("half"))]).exits(5).complains("cut short");
+    cache.ctl(&["extract", utf8(&cache.path("none"))]).exits(4);
+}
+
+#[test]
+fn snapshots_are_shown_and_dropped() {
+    let cache = Daemon::honest(Role::Cache);
+    cache.store.put("web", SnapshotState::Whole, &[("core-7.img", &[0; 2048])]);
+    cache.store.put("db", SnapshotState::Receiving, &[]);
+    cache.store.damage("db", "the link broke");
+    let list = cache.ctl(&["list"]).exits(0).out();
+    assert!(list.starts_with("ID"), "{list}");
+    assert!(list.contains("2 KiB") && list.contains("the link broke"), "{list}");
+    let list = cache.ctl(&["list", "--json"]).exits(0).json();
+    assert_eq!(list[1]["id"], "web");
+    assert_eq!(list[1]["daemon"], "cache");
+    let status = cache.ctl(&["status"]).exits(0).out();
+    assert!(status.contains("1 whole, 0 taken, 1 damaged"), "{status}");
+    assert_eq!(cache.ctl(&["status", "--json"]).exits(0).json()[0]["role"], "cache");
+    let shown = cache.ctl(&["show", "web"]).exits(0).out();
+    assert!(shown.contains("core-7.img   2048  whole"), "{shown}");
+    assert_eq!(cache.ctl(&["show", "web", "--json"]).json()["images"][0]["bytes"], 2048);
+
+    cache.ctl(&["show", "none"]).exits(4).complains("\"none\"");
+    cache.ctl(&["drop", "none", "web"]).exits(4);
+    assert!(!cache.store.lock().contains_key("web"));
+}
+
+#[test]
+fn waiting_ends_by_outcome() {
+    let cache = Daemon::honest(Role::Cache);
+    cache.ctl(&["wait", "web", "--timeout", "200ms"]).exits(6).complains("it has not come");
+    let store = cache.store.clone();
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        store.put("web", SnapshotState::Receiving, &[]);
+        std::thread::sleep(Duration::from_millis(200));
+        store.put("web", SnapshotState::Whole, &[("core-7.img", b"core")]);
+    });
+    let waited = cache.ctl(&["wait", "web", "--timeout", "20"]).exits(0);
+    assert_eq!(waited.out(), "web: whole, 1 images, 4 B in 2 s\n");
+    later.join().unwrap();
+    cache.ctl(&["wait", "web", "--for", "taken", "--timeout", "200ms"]).exits(6);
+    cache.store.put("web", SnapshotState::Taken, &[]);
+    cache.ctl(&["wait", "web", "--for", "taken"]).exits(0);
+    cache.store.damage("web", "cut short");
+    cache.ctl(&["wait", "web"]).exits(5).complains("cut short");
+}
+
+#[test]
+fn a_socket_is_opened_in_a_directory() {
+    let proxy = Daemon::honest(Role::Proxy);
+    let dir = proxy.path(&"long".repeat(40)).join("web");
+    proxy.ctl(&["open", utf8(&dir)]).exits(1).complains("No such file");
+    fs::create_dir_all(&dir).unwrap();
+    let opened = proxy.ctl(&["open", utf8(&dir), "--to", "hostb:1"]).exits(0);
+    let command = format!("criu dump --stream -D {} -t PID\n", utf8(&dir.canonicalize().unwrap()));
+    assert_eq!(opened.out(), command);
+    let expected =
+        Open { id: "web".to_owned(), to: Some("hostb:1".to_owned()), take: true, listening: true };
+    assert_eq!(*proxy.opened.lock().unwrap(), [expected]);
+    let socket = dir.join("streamer-capture.sock");
+    assert_eq!(fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);
+    // Somebody listens there now.
+    proxy.ctl(&["open", utf8(&dir)]).exits(1).complains("listens there");
+
+    let cache = Daemon::honest(Role::Cache);
+    let dir = cache.path("db");
+    fs::create_dir(&dir).unwrap();
+    cache.ctl(&["open", "--to", "hostb", utf8(&dir)]).exits(2).complains("--to");
+    drop(UnixListener::bind(dir.join("streamer-serve.sock")).unwrap());
+    let opened = cache.ctl(&["--json", "open", "--snapshot", "x", utf8(&dir)]).exits(0).json();
+    assert_eq!(opened["snapshot"], "x");
+}
+
+#[test]
+fn a_daemon_that_is_not_there_and_wrong_usage_are_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let nowhere = dir.path().join("control.sock");
+    let run = |arguments: &[&str]| Ran(imagectl().args(arguments).output().unwrap());
+    run(&["--socket", utf8(&nowhere), "status"]).exits(3).complains(utf8(&nowhere));
+    drop(UnixListener::bind(&nowhere).unwrap());
+    run(&["--socket", utf8(&nowhere), "list"]).exits(3).complains("refused");
+    run(&["--proxy", "--cache", "status"]).exits(2);
+    run(&["--cache", "push", "/tmp"]).exits(2).complains("command of the proxy");
+    run(&["fly"]).exits(2);
+    run(&["extract", "--snapshot", "a/b", "x"]).exits(2).complains("slash");
+    let help = run(&["--help"]).exits(0).out();
+    assert!(help.contains("6  timed out"), "{help}");
+}
+
+#[test]
+fn garbage_on_the_control_socket_harms_nobody() {
+    let cache = Daemon::honest(Role::Cache);
+    for garbage in [&b"\xff\x00\xff"[..], &vec![b'x'; 1 << 20], b"{\"method\":"] {
+        let mut peer = UnixStream::connect(&cache.socket).unwrap();
+        let _ = peer.write_all(garbage);
+    }
+    cache.ctl(&["status"]).exits(0);
+}
+
+#[test]
+fn a_reader_that_has_read_enough_is_no_error() {
+    let cache = Daemon::honest(Role::Cache);
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    drop(reader);
+    let mut command = imagectl();
+    command.arg("--socket").arg(&cache.socket).arg("status").stdout(writer);
+    let ran = Ran(command.output().unwrap()).exits(0);
+    assert_eq!(ran.err(), "");
+}
+
+#[test]
+fn packagers_get_man_pages_and_completions() {
+    let dir = tempfile::tempdir().unwrap();
+    for what in ["man", "completions"] {
+        let mut command = imagectl();
+        Ran(command.args(["generate", what]).arg(dir.path()).output().unwrap()).exits(0);
+    }
+    for file in [
+        "criu-imagectl.1",
+        "criu-imagectl-push.1",
+        "criu-image-proxy.8",
+        "criu-image-cache.8",
+        "criu-imagectl.bash",
+        "_criu-imagectl",
+        "criu-imagectl.fish",
+    ] {
+        assert!(dir.path().join(file).exists(), "{file}");
+    }
+    assert!(!dir.path().join("criu-imagectl-generate.1").exists());
+}
