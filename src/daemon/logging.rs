@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 
 use tracing::Level;
-use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
@@ -13,7 +13,7 @@ use tracing_subscriber::{Layer, Registry, reload};
 #[derive(Debug)]
 pub(super) struct Logging {
     verbose: u8,
-    level: reload::Handle<LevelFilter, Registry>,
+    level: reload::Handle<Targets, Registry>,
 }
 
 impl Logging {
@@ -39,13 +39,17 @@ impl Logging {
     }
 }
 
-fn filter(level: Level, verbose: u8) -> LevelFilter {
+fn filter(level: Level, verbose: u8) -> Targets {
     let least = match verbose {
         0 => level,
         1 => Level::DEBUG,
         _ => Level::TRACE,
     };
-    LevelFilter::from_level(level.max(least))
+    let level = level.max(least);
+    // The libraries tell of their insides at trace, zlink of a peer's bytes as if they were text.
+    Targets::new()
+        .with_default(level.min(Level::DEBUG))
+        .with_target(env!("CARGO_CRATE_NAME"), level)
 }
 
 /// The journal, if stderr is connected to it: a daemon started from a terminal logs to the terminal.

@@ -29,6 +29,10 @@ pub use snapshot::{Counts, Images, Snapshot, State};
 
 use crate::config::{Keep, StoreSettings};
 
+/// What need not be kept once it was taken stays this long, so that who waits for it sees that it
+/// was.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// Everything that a cache holds.
 #[derive(Debug)]
 pub struct Store {
@@ -289,7 +293,7 @@ impl Store {
         let mut expired = Vec::new();
         self.snapshots.borrow_mut().retain(|_, snapshot| {
             let keeps = match (&snapshot.state, keep) {
-                (State::Taken(_), Keep::Taken) => !over(snapshot, Duration::ZERO),
+                (State::Taken(_), Keep::Taken) => !over(snapshot, LINGER),
                 (State::Taken(_), Keep::For(limit)) => !over(snapshot, limit),
                 (State::Damaged { .. }, _) => !over(snapshot, keep_damaged),
                 _ => true,

@@ -1,0 +1,40 @@
+//! Snapshots as directories: out of the cache, and in at the proxy.
+
+use crate::bed::{Bed, Host};
+
+#[test]
+fn an_extracted_snapshot_is_a_plain_images_directory() {
+    let bed = Bed::up();
+    let pid = bed.workload(Host::A, "web", 32);
+    let before = bed.ask(Host::A, "web", &pid);
+    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    let id = bed.list(Host::B)[0]["id"].as_str().unwrap().to_owned();
+    bed.ok(Host::B, &["criu-imagectl", "extract", "--snapshot", &id, "/tmp/images"]);
+
+    let images = bed.ok(Host::B, &["ls", "/tmp/images"]);
+    assert_eq!(images.lines().count() as u64, bed.list(Host::B)[0]["images"].as_u64().unwrap());
+    for image in images.lines().filter(|name| !name.starts_with("pages-")) {
+        let decoded = bed.ok(Host::B, &["crit", "decode", "-i", &format!("/tmp/images/{image}")]);
+        assert!(decoded.contains("magic"), "{image}: {decoded}");
+    }
+    let state = bed.list(Host::B)[0]["state"].as_str().unwrap().to_owned();
+    assert_eq!(state, "whole", "looking at a snapshot does not take it");
+
+    bed.ok(Host::B, &["criu", "restore", "-d", "-D", "/tmp/images", "-o", "restore.log"]);
+    assert_eq!(bed.ask(Host::B, "web", &pid).checksum, before.checksum);
+}
+
+#[test]
+fn a_pushed_directory_restores_through_the_stream() {
+    let bed = Bed::up();
+    let pid = bed.workload(Host::A, "web", 32);
+    let before = bed.ask(Host::A, "web", &pid);
+    bed.ok(Host::A, &["mkdir", "/tmp/web"]);
+    bed.ok(Host::A, &["criu", "dump", "-t", &pid, "-D", "/tmp/web", "-o", "dump.log"]);
+    bed.ok(Host::A, &["criu-imagectl", "push", "/tmp/web"]);
+    let list = bed.list(Host::B);
+    assert_eq!((&list[0]["id"], &list[0]["state"]), (&"web".into(), &"whole".into()));
+
+    bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
+    assert_eq!(bed.ask(Host::B, "web", &pid).checksum, before.checksum);
+}

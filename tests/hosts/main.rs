@@ -1,0 +1,15 @@
+//! The main job on real parts: stock CRIU, systemd and journald on two hosts with addresses of their
+//! own (see `tests/bed`). Root is needed; `tests/all` runs these after building what they need:
+//!
+//! ```text
+//! cargo build --release --bins --examples
+//! cargo test --release --test hosts -- --test-threads=1
+//! ```
+
+mod bed;
+
+mod directories;
+mod failures;
+mod limits;
+mod migration;
+mod service;

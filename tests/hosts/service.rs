@@ -1,0 +1,92 @@
+//! The daemons as systemd's services.
+
+use crate::bed::{BOTH, Bed, Host, wait_until};
+
+fn is_active(bed: &Bed, host: Host) -> bool {
+    let state = bed.run(host, &["systemctl", "is-active", host.daemon()]);
+    String::from_utf8_lossy(&state.stdout).trim() == "active"
+}
+
+#[track_caller]
+fn migrate(bed: &Bed, name: &str) {
+    let pid = bed.workload(Host::A, name, 16);
+    let before = bed.ask(Host::A, name, &pid);
+    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
+    assert_eq!(bed.ask(Host::B, name, &pid).checksum, before.checksum);
+}
+
+#[test]
+fn a_service_starts_with_the_first_connection_to_its_socket() {
+    let bed = Bed::up();
+    assert!(BOTH.iter().all(|host| !is_active(&bed, *host)));
+    migrate(&bed, "web");
+    assert!(BOTH.iter().all(|host| is_active(&bed, *host)));
+    for host in BOTH {
+        let failed =
+            bed.ok(host, &["systemctl", "list-units", "--failed", "--plain", "--no-legend"]);
+        assert_eq!(failed, "");
+    }
+}
+
+#[test]
+fn the_status_line_and_the_journal_tell_the_story_of_a_snapshot() {
+    let bed = Bed::up();
+    migrate(&bed, "web");
+    let id = bed.list(Host::A)[0]["id"].as_str().unwrap().to_owned();
+    for (host, line) in [(Host::A, "1 sent"), (Host::B, "1 taken")] {
+        wait_until("the status line is up to date", || {
+            bed.ok(host, &["systemctl", "status", host.daemon()]).contains(line)
+        });
+    }
+    let messages = |host| {
+        let entries = bed.journal(host, &[&format!("CRIU_SNAPSHOT={id}")]);
+        for entry in &entries {
+            assert!(entry["MESSAGE_ID"].is_string(), "{entry}");
+            assert!(entry["CRIU_BYTES"].as_str().unwrap().parse::<u64>().unwrap() > 16 << 20);
+            assert!(entry["CRIU_SECONDS"].is_string() && entry["CRIU_IMAGES"].is_string());
+            assert_eq!(entry["_SYSTEMD_UNIT"], format!("{}.service", host.daemon()));
+        }
+        let message = |entry: &serde_json::Value| entry["MESSAGE"].as_str().unwrap().to_owned();
+        entries.iter().map(message).collect::<Vec<_>>()
+    };
+    let sent = messages(Host::A);
+    assert!(sent.len() == 1 && sent[0].contains("sent to 10.77.0.2:9996"), "{sent:?}");
+    let kept = messages(Host::B);
+    assert!(
+        kept.len() == 2 && kept[0].contains("is whole") && kept[1].contains("taken"),
+        "{kept:?}"
+    );
+}
+
+#[test]
+fn an_idle_cache_restarted_serves_on_the_same_sockets() {
+    let bed = Bed::up();
+    migrate(&bed, "one");
+    let before = bed.daemon_pid(Host::B);
+    bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache"]);
+    assert_ne!(bed.daemon_pid(Host::B), before);
+    migrate(&bed, "two");
+    bed.ok(Host::A, &["systemctl", "restart", "criu-image-proxy"]);
+    migrate(&bed, "three");
+}
+
+#[test]
+fn a_reload_puts_a_good_configuration_in_force_and_leaves_a_bad_one() {
+    let bed = Bed::up();
+    let max_bytes = || bed.ctl(Host::B, &["status"])[0]["max_bytes"].clone();
+    max_bytes();
+    bed.configure(Host::B, "max-bytes", "\"1G\"");
+    bed.ok(Host::B, &["systemctl", "reload", "criu-image-cache"]);
+    wait_until("the new quota is in force", || max_bytes() == 1u64 << 30);
+    bed.configure(Host::B, "max-bytes", "\"1Q\"");
+    bed.ok(Host::B, &["systemctl", "reload", "criu-image-cache"]);
+    wait_until("the refusal is in the journal", || {
+        let entries = bed.journal(Host::B, &["-u", "criu-image-cache", "PRIORITY=3"]);
+        entries.iter().any(|entry| entry["MESSAGE"].as_str().unwrap().contains("store.max-bytes"))
+    });
+    assert_eq!(max_bytes(), 1u64 << 30);
+    assert!(is_active(&bed, Host::B));
+    let checked = bed.run(Host::B, &["criu-image-cache", "--check-config"]);
+    assert_eq!(checked.status.code(), Some(78));
+}
