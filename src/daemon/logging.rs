@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 
 use tracing::Level;
+use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -59,5 +60,13 @@ fn journal() -> Option<tracing_journald::Layer> {
     if connected != format!("{}:{}", stat.st_dev, stat.st_ino) {
         return None;
     }
-    Some(tracing_journald::layer().ok()?.with_field_prefix(None))
+    let layer = tracing_journald::layer().ok()?.with_field_prefix(None);
+    // The layer's own choice is a step louder: notice for info.
+    Some(layer.with_priority_mappings(PriorityMappings {
+        error: Priority::Error,
+        warn: Priority::Warning,
+        info: Priority::Informational,
+        debug: Priority::Debug,
+        trace: Priority::Debug,
+    }))
 }

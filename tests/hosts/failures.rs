@@ -7,7 +7,8 @@ fn dump_that_is_stuck(bed: &Bed, pid: &str) -> std::process::Child {
     bed.ok(Host::A, &["criu-imagectl", "status"]);
     let daemon = bed.daemon_pid(Host::A);
     bed.ok(Host::A, &["kill", "-STOP", &daemon]);
-    let dump = bed.spawn(Host::A, &Bed::dump(pid, Host::A.work_dir()));
+    let dump = [&Bed::dump(pid, Host::A.work_dir())[..], &["-v4"]].concat();
+    let dump = bed.spawn(Host::A, &dump);
     wait_until("CRIU has begun to write pages", || {
         let log = bed.run(Host::A, &["grep", "-q", "Transferring pages", "/tmp/dump.log"]);
         log.status.success()

@@ -56,14 +56,14 @@ fn two_dumps_at_once_share_the_sockets_and_two_restores_get_one_each() {
         dump[6] = format!("/tmp/{name}");
         bed.spawn(Host::A, &dump)
     });
-    dumps.map(finish);
+    dumps.into_iter().for_each(|dump| drop(finish(dump)));
     let restores = workloads.each_ref().map(|(name, _, _)| {
         bed.ok(Host::B, &["mkdir", "-p", &format!("/tmp/{name}")]);
         let mut restore = Bed::restore(Host::B.work_dir()).map(str::to_owned);
         restore[7] = format!("/tmp/{name}");
         bed.spawn(Host::B, &restore)
     });
-    restores.map(finish);
+    restores.into_iter().for_each(|restore| drop(finish(restore)));
     for (name, pid, before) in &workloads {
         assert_eq!(bed.ask(Host::B, name, pid).checksum, before.checksum, "{name}");
     }
