@@ -12,6 +12,9 @@
 //! The measure is from the start of the dump until the process runs again. Machines are noisy: read
 //! the medians and their ratio, not the single figures.
 
+// A benchmark fails by panicking.
+#![allow(clippy::unwrap_used)]
+
 #[path = "../tests/hosts/bed.rs"]
 #[allow(dead_code)]
 mod bed;
@@ -82,7 +85,7 @@ fn floor(bed: &Bed, name: &str, mib: u32, clean_up: impl Fn(Host, &str)) -> Run 
     bed.ok(Host::A, &["criu", "dump", "-t", &pid, "-D", "/tmp/images", "-o", "dump.log"]);
     let dump = start.elapsed();
     bed.ok(Host::A, &["criu", "restore", "-d", "-D", "/tmp/images", "-o", "restore.log"]);
-    let restore = start.elapsed() - dump;
+    let restore = start.elapsed().saturating_sub(dump);
     assert_eq!(bed.ask(Host::A, name, &pid).checksum, before.checksum);
     clean_up(Host::A, &pid);
     Run { dump, restore, cpu: [Duration::ZERO; 2] }
@@ -96,7 +99,7 @@ fn relay(bed: &Bed, name: &str, mib: u32, clean_up: impl Fn(Host, &str)) -> Run 
     bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
     let dump = start.elapsed();
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
-    let restore = start.elapsed() - dump;
+    let restore = start.elapsed().saturating_sub(dump);
     let cpu_after = BOTH.map(|host| cpu(bed, host));
     assert_eq!(bed.ask(Host::B, name, &pid).checksum, before.checksum);
     clean_up(Host::B, &pid);
@@ -135,7 +138,11 @@ fn median_f64(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
-    if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
+    if values.len() % 2 == 1 {
+        values[middle]
+    } else {
+        f64::midpoint(values[middle - 1], values[middle])
+    }
 }
 
 fn option(name: &str, default: u32) -> u32 {

@@ -1,6 +1,9 @@
 //! The generated protobuf code is checked in, so that packagers need neither protoc nor a build
 //! script. This test makes it again and compares. `BLESS=1 cargo test --test proto` writes it.
 
+// A test's helpers fail by panicking, too.
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 
 #[test]

@@ -109,7 +109,7 @@ async fn welcome(
             let kind = message.kind().as_str_name();
             return Err(Over::Refused(format!("a {kind} instead of a HELLO")));
         };
-        if !address.ip().to_canonical().is_loopback() && !settings.insecure {
+        if !address.ip().is_loopback() && !settings.insecure {
             return Err(Over::Refused(
                 "plaintext from another host; set `insecure = true` in the cache's configuration \
                  to allow it on a network that you trust"

@@ -108,6 +108,8 @@ impl Cache {
         self.keep(async move {
             let accept = async || listener.accept().await;
             let serve = |(socket, address): (TcpStream, SocketAddr), permit| {
+                // An IPv4 peer of an IPv6 socket is shown and judged as what it is.
+                let address = SocketAddr::new(address.ip().to_canonical(), address.port());
                 let cache = cache.clone();
                 tokio::task::spawn_local(async move {
                     let _permit = permit;

@@ -6,7 +6,7 @@
 //!
 //! zlink gives the framing, the descriptors and the JSON. Its `Server` is not used: it writes
 //! replies one connection after the other, so that one peer that does not read would stop all.
-//! Here every connection is a task of its own, with limits on what it may send ([`guard`]).
+//! Here every connection is a task of its own, with limits on what it may send (`guard.rs`).
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use crate::control::{CACHE_SOCKET, ClientError, PROXY_SOCKET};
 
-/// The exit status. [`HELP`] documents it.
+/// The exit status. `--help` documents it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {

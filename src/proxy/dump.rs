@@ -79,6 +79,18 @@ enum Failure {
     Lost(String),
 }
 
+impl Failure {
+    /// The image that it concerns, if it is one.
+    fn image(&self) -> Option<&str> {
+        match self {
+            Failure::Pipe { name, .. }
+            | Failure::Image { name, .. }
+            | Failure::Fault(Fault::OpenedTwice(name)) => Some(name),
+            _ => None,
+        }
+    }
+}
+
 /// Serves one dump. Returns whether the snapshot is at the cache. Whatever fails ends this session
 /// only, and towards the source: CRIU's pipes are closed, its dump fails, the process runs on.
 pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target) -> bool {
@@ -129,6 +141,7 @@ fn tell(record: &Record, result: &Result<(), Failure>, started: Instant) {
         ),
         Err(failure) => tracing::warn!(
             message_id = journal::SNAPSHOT_DAMAGED,
+            criu_image = failure.image(),
             criu_bytes,
             criu_images,
             criu_seconds,

@@ -114,7 +114,7 @@ impl Bed {
         host: Host,
         command: &[S],
     ) -> String {
-        succeeded(&command, self.run(host, command))
+        succeeded(&command, &self.run(host, command))
     }
 
     /// Starts a command that goes on by itself.
@@ -199,7 +199,7 @@ impl Bed {
     #[track_caller]
     fn hosts(&self, arguments: &[&str]) -> String {
         let (command, rest) = arguments.split_first().unwrap();
-        succeeded(&arguments, self.script(command).args(rest).output().unwrap())
+        succeeded(&arguments, &self.script(command).args(rest).output().unwrap())
     }
 
     fn script(&self, command: &str) -> Command {
@@ -236,11 +236,11 @@ pub(crate) fn wait_until(what: &str, mut happened: impl FnMut() -> bool) {
 /// Waits for a command that was spawned, and tells what it said if it failed.
 #[track_caller]
 pub(crate) fn finish(child: Child) -> String {
-    succeeded(&"a command started before", child.wait_with_output().unwrap())
+    succeeded(&"a command started before", &child.wait_with_output().unwrap())
 }
 
 #[track_caller]
-fn succeeded(command: &dyn std::fmt::Debug, output: Output) -> String {
+fn succeeded(command: &dyn std::fmt::Debug, output: &Output) -> String {
     let (out, err) =
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{command:?}: {}\n{out}\n{err}", output.status);

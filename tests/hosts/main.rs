@@ -6,6 +6,9 @@
 //! cargo test --release --test hosts -- --test-threads=1
 //! ```
 
+// A test's helpers fail by panicking, too.
+#![allow(clippy::unwrap_used)]
+
 mod bed;
 
 mod directories;
