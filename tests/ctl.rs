@@ -16,6 +16,7 @@ use std::time::Duration;
 use criu_image_relay::control::model::{Image, Role, Snapshot, SnapshotState, Status};
 use criu_image_relay::control::{Backend, Open, Refusal, serve};
 use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
+use criu_image_relay::daemon::sessions::admit;
 use criu_image_relay::sys::scm::receive_descriptor;
 use serde_json::Value;
 
@@ -215,7 +216,7 @@ impl Daemon {
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             tokio::task::LocalSet::new().block_on(&runtime, async {
                 let listener = tokio::net::UnixListener::from_std(listener).unwrap();
-                serve(listener, |_| true, fake).await;
+                serve(listener, |socket| admit(socket, &[]), fake).await;
             });
         });
         Daemon { dir, socket, store: store.clone(), opened }

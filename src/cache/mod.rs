@@ -13,21 +13,18 @@ use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tracing::Level;
 
 use crate::config::CacheSettings;
 use crate::control::model::LinkStatus;
 use crate::criu::stream::SERVE_SOCKET;
-use crate::daemon::accept::accept_each;
+use crate::daemon::accept::{Listeners, accept_each, permits};
 use crate::daemon::handed_over::into_tokio;
 use crate::daemon::rate::{Rate, human_bytes};
-use crate::daemon::sessions::{Peer, Sessions, check_peer, may_connect};
+use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::store::{State, Store};
 use crate::sys::clock::now_ms;
@@ -41,9 +38,7 @@ pub struct Cache {
     store: Rc<Store>,
     links: Links,
     restores: Sessions,
-    permits: Arc<Semaphore>,
-    link_permits: Arc<Semaphore>,
-    listeners: RefCell<Vec<JoinHandle<()>>>,
+    listeners: Listeners,
     rate: Rate,
     /// Bytes that restores have read.
     served: Cell<u64>,
@@ -52,17 +47,11 @@ pub struct Cache {
 
 impl Cache {
     fn new(settings: CacheSettings) -> Rc<Cache> {
-        let permits = |max: u64| {
-            let max = usize::try_from(max).unwrap_or(usize::MAX);
-            Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS)))
-        };
         Rc::new(Cache {
             store: Store::new(settings.store.clone()),
             links: Links::default(),
             restores: Sessions::default(),
-            permits: permits(settings.sessions.max),
-            link_permits: permits(settings.link.max),
-            listeners: RefCell::default(),
+            listeners: Listeners::default(),
             rate: Rate::default(),
             served: Cell::new(0),
             started_ms: now_ms(),
@@ -75,53 +64,23 @@ impl Cache {
         self.settings.borrow().clone()
     }
 
-    /// Whether a peer may have a session; a refusal is logged.
+    /// Whether a peer may have a session.
     fn admit(&self, socket: &UnixStream) -> Option<Peer> {
-        check_peer(socket, &self.settings().allow_uids)
-            .inspect_err(|error| {
-                tracing::warn!(message_id = journal::PEER_REFUSED, "a peer is refused: {error}");
-            })
-            .ok()
+        admit(socket, &self.settings().allow_uids)
     }
 
-    /// Serves the shared socket: each restore takes the oldest snapshot not yet taken.
-    fn listen(self: &Rc<Self>, listener: UnixListener) {
-        let cache = self.clone();
-        self.keep(async move {
-            let accept = async || Ok(listener.accept().await?.0);
-            let serve = |socket: UnixStream, permit| {
-                if let Some(peer) = cache.admit(&socket) {
-                    let cache = cache.clone();
-                    tokio::task::spawn_local(async move {
-                        let _permit = permit;
-                        restore::serve(&cache, socket, peer, Source::Oldest).await;
-                    });
-                }
-            };
-            accept_each("stream", cache.permits.clone(), accept, serve).await;
-        });
+    /// Serves one restore of the shared socket: it takes the oldest snapshot not yet taken.
+    async fn serve(self: Rc<Self>, socket: UnixStream) {
+        if let Some(peer) = self.admit(&socket) {
+            restore::serve(&self, socket, peer, Source::Oldest).await;
+        }
     }
 
-    /// Serves proxies.
-    fn listen_for_links(self: &Rc<Self>, listener: TcpListener) {
-        let cache = self.clone();
-        self.keep(async move {
-            let accept = async || listener.accept().await;
-            let serve = |(socket, address): (TcpStream, SocketAddr), permit| {
-                // An IPv4 peer of an IPv6 socket is shown and judged as what it is.
-                let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-                let cache = cache.clone();
-                tokio::task::spawn_local(async move {
-                    let _permit = permit;
-                    link::serve(&cache, socket, address).await;
-                });
-            };
-            accept_each("link", cache.link_permits.clone(), accept, serve).await;
-        });
-    }
-
-    fn keep(&self, listener: impl Future<Output = ()> + 'static) {
-        self.listeners.borrow_mut().push(tokio::task::spawn_local(listener));
+    /// Serves one proxy.
+    async fn serve_link(self: Rc<Self>, (socket, address): (TcpStream, SocketAddr)) {
+        // An IPv4 peer of an IPv6 socket is shown and judged as what it is.
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        link::serve(&self, socket, address).await;
     }
 }
 
@@ -198,18 +157,28 @@ impl Daemon for Cache {
     }
 
     fn start(settings: CacheSettings, sockets: Sockets) -> io::Result<Rc<Cache>> {
+        let max = permits(settings.sessions.max);
+        let max_links = permits(settings.link.max);
         let cache = Cache::new(settings);
         for listener in sockets.stream {
-            cache.listen(into_tokio(listener)?);
+            let (cache, max, listener) = (cache.clone(), max.clone(), into_tokio(listener)?);
+            cache.clone().listeners.start(async move {
+                let accept = async || Ok(listener.accept().await?.0);
+                accept_each("stream", max, accept, |socket| cache.clone().serve(socket)).await;
+            });
         }
         for listener in sockets.link {
-            cache.listen_for_links(tcp_into_tokio(listener)?);
+            let (cache, max, listener) =
+                (cache.clone(), max_links.clone(), tcp_into_tokio(listener)?);
+            cache.clone().listeners.start(async move {
+                let accept = async || listener.accept().await;
+                accept_each("link", max, accept, |peer| cache.clone().serve_link(peer)).await;
+            });
         }
         for listener in sockets.control {
-            let backend = control::Control(cache.clone());
-            let allowing = cache.clone();
-            let allowed = move |uid| may_connect(uid, &allowing.settings().allow_uids);
-            cache.keep(crate::control::serve(into_tokio(listener)?, allowed, backend));
+            let (backend, admitting) = (control::Control(cache.clone()), cache.clone());
+            let admit = move |socket: &UnixStream| admitting.admit(socket);
+            cache.listeners.start(crate::control::serve(into_tokio(listener)?, admit, backend));
         }
         Ok(cache)
     }
@@ -257,7 +226,7 @@ impl Daemon for Cache {
     }
 
     fn stop_accepting(&self) {
-        self.listeners.borrow_mut().drain(..).for_each(|task| task.abort());
+        self.listeners.stop();
     }
 
     fn farewell(&self) {

@@ -1,6 +1,5 @@
 //! One conversation on the control socket: calls in, replies out, until the peer goes or errs.
 
-use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,6 +22,7 @@ use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
 use super::{Backend, DESCRIPTION, INTERFACE, Open, Refusal};
 use crate::criu::stream::check_name;
+use crate::daemon::sessions::Peer;
 
 /// A peer that says nothing for so long is disconnected: its place is wanted.
 const IDLE: Duration = Duration::from_secs(60);
@@ -30,19 +30,6 @@ const IDLE: Duration = Duration::from_secs(60);
 const UNREAD: Duration = Duration::from_secs(10);
 /// How often a watched snapshot is looked at.
 const LOOK: Duration = Duration::from_millis(50);
-
-/// Who is at the other end.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Peer {
-    pub(super) uid: u32,
-    pub(super) pid: i32,
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pid {} of uid {}", self.pid, self.uid)
-    }
-}
 
 /// A call before its method and parameters are looked at, so that a wrong one can be answered.
 #[derive(Debug, Deserialize)]

@@ -11,6 +11,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::LocalSet;
 use tokio::time::{sleep, timeout};
 
+use crate::daemon::sessions::Peer;
+
 use super::model::{LinkStatus, Role, SnapshotState};
 use super::*;
 
@@ -94,7 +96,11 @@ fn with_daemon<F: Future<Output = ()>>(
     LocalSet::new().block_on(&runtime, async {
         let listener = UnixListener::bind(&path).unwrap();
         let fake = Rc::new(Fake::default());
-        let daemon = tokio::task::spawn_local(serve(listener, allowed, Rc::clone(&fake)));
+        let admit = move |socket: &tokio::net::UnixStream| {
+            let uid = socket.peer_cred().unwrap().uid();
+            allowed(uid).then_some(Peer { uid, pid: 0 })
+        };
+        let daemon = tokio::task::spawn_local(serve(listener, admit, Rc::clone(&fake)));
         timeout(Duration::from_secs(30), test(path.clone(), fake)).await.unwrap();
         assert!(!daemon.is_finished());
     });

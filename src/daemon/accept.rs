@@ -1,11 +1,13 @@
 //! Accepting connections: an error of accept(2) ends nothing.
 
+use std::cell::RefCell;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 /// How long to wait when descriptors or memory have run out: a session's end frees some.
 pub const BACK_OFF: Duration = Duration::from_millis(100);
@@ -38,17 +40,45 @@ pub fn sort(error: &io::Error) -> Sorted {
     }
 }
 
-/// Accepts for ever, and hands each connection to `serve` with a permit that it holds while it
-/// lives. While no permit is free, connections wait in the socket's backlog.
-pub async fn accept_each<S>(
+/// The tasks that a daemon listens with.
+#[derive(Debug, Default)]
+pub struct Listeners(RefCell<Vec<JoinHandle<()>>>);
+
+impl Listeners {
+    /// Starts one more.
+    pub fn start(&self, listener: impl Future<Output = ()> + 'static) {
+        self.0.borrow_mut().push(tokio::task::spawn_local(listener));
+    }
+
+    /// Ends them all; what they have accepted goes on.
+    pub fn stop(&self) {
+        for listener in self.0.borrow_mut().drain(..) {
+            listener.abort();
+        }
+    }
+}
+
+/// Permits for `max` connections at once.
+pub fn permits(max: u64) -> Arc<Semaphore> {
+    let max = usize::try_from(max).unwrap_or(usize::MAX);
+    Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS)))
+}
+
+/// Accepts for ever, and serves each connection in a task of its own that holds a permit. While no
+/// permit is free, connections wait in the socket's backlog.
+pub async fn accept_each<S, F: Future<Output = ()> + 'static>(
     socket: &str,
     permits: Arc<Semaphore>,
     accept: impl AsyncFn() -> io::Result<S>,
-    serve: impl Fn(S, OwnedSemaphorePermit),
+    serve: impl Fn(S) -> F,
 ) {
     // The semaphore is never closed.
     while let Ok(permit) = permits.clone().acquire_owned().await {
-        serve(accept_one(socket, &accept).await, permit);
+        let session = serve(accept_one(socket, &accept).await);
+        tokio::task::spawn_local(async move {
+            let _permit = permit;
+            session.await;
+        });
     }
 }
 
@@ -75,7 +105,6 @@ pub async fn accept_one<S>(socket: &str, accept: &impl AsyncFn() -> io::Result<S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::RefCell;
 
     #[tokio::test(flavor = "current_thread")]
     async fn no_error_ends_accepting() {

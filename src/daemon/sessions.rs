@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use super::journal;
 use crate::criu::stream::{BadRequest, HEADER_LEN, request_len};
 use crate::sys::scm;
 
@@ -57,21 +58,25 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Who is connected, if they may be: root, the daemon's own user, and `allowed`.
-pub fn check_peer(socket: &UnixStream, allowed: &[u32]) -> io::Result<Peer> {
-    let credentials = socket.peer_cred()?;
+/// Who is connected, if they may be: root, the daemon's own user, and `allowed`. A refusal is
+/// logged.
+pub fn admit(socket: &UnixStream, allowed: &[u32]) -> Option<Peer> {
+    let message_id = journal::PEER_REFUSED;
+    let credentials = match socket.peer_cred() {
+        Ok(credentials) => credentials,
+        Err(error) => {
+            tracing::warn!(message_id, "a peer without credentials is refused: {error}");
+            return None;
+        }
+    };
     let peer = Peer { uid: credentials.uid(), pid: credentials.pid().unwrap_or(0) };
-    if may_connect(peer.uid, allowed) {
-        Ok(peer)
-    } else {
-        let why = format!("{peer} may not connect; see allow-uids in the configuration");
-        Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
+    let own = rustix::process::geteuid().as_raw();
+    let admitted = peer.uid == 0 || peer.uid == own || allowed.contains(&peer.uid);
+    if !admitted {
+        let criu_peer = tracing::field::display(peer);
+        tracing::warn!(message_id, criu_peer, "{peer} is refused: its uid is not in allow-uids");
     }
-}
-
-/// Whether a user may connect: root, the daemon's own user, and `allowed`.
-pub fn may_connect(uid: u32, allowed: &[u32]) -> bool {
-    uid == 0 || uid == rustix::process::geteuid().as_raw() || allowed.contains(&uid)
+    admitted.then_some(peer)
 }
 
 /// What a CRIU run did wrong on its socket.

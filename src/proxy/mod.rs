@@ -16,20 +16,17 @@ use std::cell::RefCell;
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
+use tokio::net::UnixStream;
 use tracing::Level;
 
 use crate::config::ProxySettings;
 use crate::criu::stream::CAPTURE_SOCKET;
-use crate::daemon::accept::accept_each;
+use crate::daemon::accept::{Listeners, accept_each, permits};
 use crate::daemon::handed_over::into_tokio;
 use crate::daemon::rate::{Rate, human_bytes};
-use crate::daemon::sessions::{Peer, Sessions, check_peer, may_connect};
-use crate::daemon::{Daemon, Sockets, Wanted, journal};
+use crate::daemon::sessions::{Peer, Sessions, admit};
+use crate::daemon::{Daemon, Sockets, Wanted};
 use crate::sys::clock::{host_name, now_ms};
 
 use dump::Target;
@@ -44,8 +41,7 @@ pub struct Proxy {
     links: Links,
     records: Rc<Records>,
     sessions: Sessions,
-    permits: Arc<Semaphore>,
-    listeners: RefCell<Vec<JoinHandle<()>>>,
+    listeners: Listeners,
     rate: Rate,
     started_ms: u64,
 }
@@ -53,14 +49,12 @@ pub struct Proxy {
 impl Proxy {
     fn new(settings: ProxySettings) -> Rc<Proxy> {
         let name = if settings.name.is_empty() { host_name() } else { settings.name.clone() };
-        let permits = usize::try_from(settings.sessions.max).unwrap_or(Semaphore::MAX_PERMITS);
         Rc::new(Proxy {
             links: Links::new(name.clone()),
             name,
             records: Rc::default(),
             sessions: Sessions::default(),
-            permits: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
-            listeners: RefCell::default(),
+            listeners: Listeners::default(),
             rate: Rate::default(),
             started_ms: now_ms(),
             settings: RefCell::new(Rc::new(settings)),
@@ -72,33 +66,17 @@ impl Proxy {
         self.settings.borrow().clone()
     }
 
-    /// Whether a peer may have a session; a refusal is logged.
+    /// Whether a peer may have a session.
     fn admit(&self, socket: &UnixStream) -> Option<Peer> {
-        check_peer(socket, &self.settings().allow_uids)
-            .inspect_err(|error| {
-                tracing::warn!(message_id = journal::PEER_REFUSED, "a peer is refused: {error}");
-            })
-            .ok()
+        admit(socket, &self.settings().allow_uids)
     }
 
-    /// Serves the shared socket: each dump becomes a new snapshot.
-    fn listen(self: &Rc<Self>, listener: UnixListener) {
-        let proxy = self.clone();
-        let task = tokio::task::spawn_local(async move {
-            let accept = async || Ok(listener.accept().await?.0);
-            let serve = |socket: UnixStream, permit| {
-                if let Some(peer) = proxy.admit(&socket) {
-                    let target = Target::fresh(&proxy.name, peer, proxy.settings().cache.clone());
-                    let proxy = proxy.clone();
-                    tokio::task::spawn_local(async move {
-                        let _permit = permit;
-                        dump::serve(&proxy, socket, peer, target).await;
-                    });
-                }
-            };
-            accept_each("stream", proxy.permits.clone(), accept, serve).await;
-        });
-        self.listeners.borrow_mut().push(task);
+    /// Serves one dump of the shared socket: it becomes a new snapshot.
+    async fn serve(self: Rc<Self>, socket: UnixStream) {
+        if let Some(peer) = self.admit(&socket) {
+            let target = Target::fresh(&self.name, peer, self.settings().cache.clone());
+            dump::serve(&self, socket, peer, target).await;
+        }
     }
 }
 
@@ -124,18 +102,19 @@ impl Daemon for Proxy {
     }
 
     fn start(settings: ProxySettings, sockets: Sockets) -> io::Result<Rc<Proxy>> {
+        let max = permits(settings.sessions.max);
         let proxy = Proxy::new(settings);
         for listener in sockets.stream {
-            proxy.listen(into_tokio(listener)?);
+            let (proxy, max, listener) = (proxy.clone(), max.clone(), into_tokio(listener)?);
+            proxy.clone().listeners.start(async move {
+                let accept = async || Ok(listener.accept().await?.0);
+                accept_each("stream", max, accept, |socket| proxy.clone().serve(socket)).await;
+            });
         }
         for listener in sockets.control {
-            let backend = control::Control(proxy.clone());
-            let allowed = {
-                let proxy = proxy.clone();
-                move |uid| may_connect(uid, &proxy.settings().allow_uids)
-            };
-            let serve = crate::control::serve(into_tokio(listener)?, allowed, backend);
-            proxy.listeners.borrow_mut().push(tokio::task::spawn_local(serve));
+            let (backend, admitting) = (control::Control(proxy.clone()), proxy.clone());
+            let admit = move |socket: &UnixStream| admitting.admit(socket);
+            proxy.listeners.start(crate::control::serve(into_tokio(listener)?, admit, backend));
         }
         Ok(proxy)
     }
@@ -171,7 +150,7 @@ impl Daemon for Proxy {
     }
 
     fn stop_accepting(&self) {
-        self.listeners.borrow_mut().drain(..).for_each(|task| task.abort());
+        self.listeners.stop();
         self.records.stop_awaiting();
     }
 
