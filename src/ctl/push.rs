@@ -15,10 +15,9 @@ use super::reach;
 use super::stream::{Session, is_end};
 use crate::control::model::{Role, Snapshot, SnapshotState};
 use crate::control::{Client, ClientError};
+use crate::criu::images::INVENTORY;
 use crate::criu::stream::check_name;
 
-/// The image that makes a set of images a checkpoint: CRIU writes it last.
-const INVENTORY: &str = "inventory.img";
 /// How long the proxy has to tell what became of a session.
 const TOLD_WITHIN: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);

@@ -1,0 +1,91 @@
+//! What a proxy finds in a cache's place.
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::Instant;
+
+use criu_image_relay::wire::frame;
+use criu_image_relay::wire::message::{Message, SnapshotAck, Welcome};
+
+use crate::daemons::SOON;
+use crate::link::Link;
+
+/// A cache that waits for links.
+pub(crate) struct CacheStandin {
+    listener: TcpListener,
+}
+
+impl CacheStandin {
+    pub(crate) fn listen() -> CacheStandin {
+        CacheStandin { listener: TcpListener::bind("127.0.0.1:0").unwrap() }
+    }
+
+    /// Where it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.listener.local_addr().unwrap()
+    }
+
+    /// The next link; nothing is said on it yet.
+    pub(crate) fn accept(&self) -> Link {
+        self.listener.set_nonblocking(true).unwrap();
+        let deadline = Instant::now() + SOON;
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false).unwrap();
+                    return Link::new(stream);
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    assert!(Instant::now() < deadline, "the proxy does not connect");
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// The next link, up.
+    pub(crate) fn welcome(&self) -> Link {
+        let mut link = self.accept();
+        link.receive_preface();
+        let (hello, _) = link.receive().expect("a hello");
+        assert!(matches!(hello, Message::Hello(_)), "{hello:?}");
+        link.say(&frame::preface());
+        link.send(&Message::Welcome(Welcome { name: "standin".to_owned(), features: Vec::new() }));
+        link
+    }
+}
+
+/// Receives until that much of a snapshot has come, as a cache does; gives its number.
+pub(crate) fn receive_until(link: &mut Link, last: impl Fn(&Message) -> bool) -> u32 {
+    let mut number = None;
+    loop {
+        let (message, _) = link.receive().expect("the snapshot goes on");
+        if let Message::SnapshotBegin(begin) = &message {
+            number = Some(begin.snapshot);
+        }
+        if last(&message) {
+            return number.expect("a snapshot has begun");
+        }
+    }
+}
+
+/// Receives one snapshot and acknowledges it.
+pub(crate) fn receive_whole(link: &mut Link) {
+    let (mut images, mut bytes) = (0, 0);
+    loop {
+        let (message, _) = link.receive().expect("the snapshot goes on");
+        match message {
+            Message::ImageEnd(end) => {
+                images += 1;
+                bytes += end.size;
+            }
+            Message::SnapshotEnd(end) => {
+                assert!(end.complete && (end.images, end.bytes) == (images, bytes), "{end:?}");
+                let ack = SnapshotAck { snapshot: end.snapshot, images, bytes };
+                link.send(&Message::SnapshotAck(ack));
+                return;
+            }
+            _ => {}
+        }
+    }
+}

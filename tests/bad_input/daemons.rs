@@ -1,0 +1,294 @@
+//! The real daemons as children of a test: in a directory of their own, on a port of their own, with
+//! their logs in reach.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use criu_image_relay::control::model::{Snapshot, SnapshotState};
+use criu_image_relay::control::{Client, ClientError};
+use criu_image_relay::daemon::CONTROL_SOCKET;
+use tempfile::TempDir;
+
+/// What has to happen at once has happened by then, also on a machine that is busy.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// What the proxy of a test calls itself.
+pub(crate) const SOURCE: &str = "source";
+
+/// A daemon that runs until it is dropped.
+pub(crate) struct Daemon {
+    child: Child,
+    dir: TempDir,
+    log: Log,
+}
+
+/// The lines that a daemon has logged so far.
+#[derive(Clone, Default)]
+struct Log(Arc<(Mutex<Vec<String>>, Condvar)>);
+
+/// Keys of the configuration, in dotted form, and their values as TOML.
+pub(crate) type Settings<'a> = &'a [(&'a str, &'a str)];
+
+impl Daemon {
+    /// A cache, and the address that it listens on.
+    pub(crate) fn cache(settings: Settings<'_>) -> (Daemon, SocketAddr) {
+        loop {
+            let address = unused_address();
+            if let Ok(cache) = Daemon::cache_at(address, settings, None) {
+                return (cache, address);
+            }
+        }
+    }
+
+    /// A cache that may have so many open files.
+    pub(crate) fn cache_with_files(files: u32, settings: Settings<'_>) -> (Daemon, SocketAddr) {
+        loop {
+            let address = unused_address();
+            if let Ok(cache) = Daemon::cache_at(address, settings, Some(files)) {
+                return (cache, address);
+            }
+        }
+    }
+
+    /// A cache on a certain address; an error if that is in use.
+    pub(crate) fn cache_at(
+        address: SocketAddr,
+        settings: Settings<'_>,
+        files: Option<u32>,
+    ) -> Result<Daemon, String> {
+        let listen = format!("{:?}", address.to_string());
+        let base = [("listen", listen.as_str()), ("store.max-bytes", "\"64M\"")];
+        Daemon::start(env!("CARGO_BIN_EXE_criu-image-cache"), &base, settings, files)
+    }
+
+    /// A proxy that sends to `cache`.
+    pub(crate) fn proxy(cache: SocketAddr, settings: Settings<'_>) -> Daemon {
+        Daemon::proxy_with_files(None, cache, settings)
+    }
+
+    /// A proxy that may have so many open files.
+    pub(crate) fn proxy_with_files(
+        files: Option<u32>,
+        cache: SocketAddr,
+        settings: Settings<'_>,
+    ) -> Daemon {
+        let (cache, name) = (format!("{:?}", cache.to_string()), format!("{SOURCE:?}"));
+        let base = [("cache", cache.as_str()), ("name", name.as_str())];
+        Daemon::start(env!("CARGO_BIN_EXE_criu-image-proxy"), &base, settings, files).unwrap()
+    }
+
+    fn start(
+        binary: &str,
+        base: Settings<'_>,
+        settings: Settings<'_>,
+        files: Option<u32>,
+    ) -> Result<Daemon, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let all: BTreeMap<_, _> = base.iter().chain(settings).copied().collect();
+        let lines = all.iter().map(|(key, value)| format!("{key} = {value}\n"));
+        let config = dir.path().join("config.toml");
+        fs::write(&config, lines.collect::<String>()).unwrap();
+
+        let mut command = Command::new("sh");
+        let limit = files.map_or(String::new(), |files| format!("ulimit -n {files}; "));
+        command.args(["-c", &format!("{limit}exec \"$@\""), "sh", binary]);
+        command.arg("--config").arg(config).arg("--work-dir").arg(dir.path());
+        for variable in ["JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC"] {
+            command.env_remove(variable);
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Log::default();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let writer = log.clone();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                writer.push(line);
+            }
+            writer.push("(the log ends)".to_owned());
+        });
+        let mut daemon = Daemon { child, dir, log };
+        let started =
+            daemon.log.wait(|line| line.contains(" serves") || line.ends_with("log ends)"));
+        match started {
+            Some(line) if line.contains(" serves") => Ok(daemon),
+            _ => {
+                let _ = daemon.child.wait();
+                Err(daemon.log.text())
+            }
+        }
+    }
+
+    /// The directory of its sockets.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Waits until one line of the log has all of these.
+    pub(crate) fn assert_log(&self, parts: &[&str]) -> String {
+        let all = |line: &str| parts.iter().all(|part| line.contains(part));
+        match self.log.wait(all) {
+            Some(line) => line,
+            None => panic!("no line has all of {parts:?} in\n{}", self.log.text()),
+        }
+    }
+
+    /// How many lines of the log have this by now.
+    pub(crate) fn count_log(&self, part: &str) -> usize {
+        self.log.0.0.lock().unwrap().iter().filter(|line| line.contains(part)).count()
+    }
+
+    /// Whether it is alive.
+    pub(crate) fn assert_alive(&mut self) {
+        let ended = self.child.try_wait().unwrap();
+        assert!(ended.is_none(), "{ended:?}\n{}", self.log.text());
+    }
+
+    /// How much memory it takes, without that of images.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let anon = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        anon.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    }
+
+    /// A snapshot as `criu-imagectl show` has it.
+    pub(crate) fn show(&self, id: &str) -> Option<Snapshot> {
+        match self.control(async |client| client.show(id).await) {
+            Ok((snapshot, _)) => Some(snapshot),
+            Err(ClientError::NoSuchSnapshot(_)) => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Waits until a snapshot has come into that state, and gives the reason for it.
+    pub(crate) fn assert_state(&self, id: &str, state: SnapshotState) -> String {
+        let mut last = None;
+        let reached = eventually(|| {
+            last = self.show(id);
+            last.as_ref().is_some_and(|snapshot| snapshot.state == state)
+        });
+        assert!(reached, "{id} is {last:?}, not {state:?}\n{}", self.log.text());
+        last.unwrap().reason
+    }
+
+    /// Waits until at least so many bytes of a snapshot have come.
+    pub(crate) fn assert_receiving(&self, id: &str, bytes: u64) {
+        let come = || self.show(id).is_some_and(|snapshot| snapshot.bytes >= bytes);
+        assert!(eventually(come), "{bytes} bytes of {id} do not come\n{}", self.log.text());
+    }
+
+    /// Waits until an image has come whole, and has so many bytes.
+    pub(crate) fn assert_image(&self, id: &str, name: &str, bytes: u64) {
+        let come = || {
+            let shown = self.control(async |client| client.show(id).await);
+            shown.is_ok_and(|(_, images)| {
+                images.iter().any(|i| i.name == name && i.whole && i.bytes == bytes)
+            })
+        };
+        assert!(eventually(come), "{name} of {id} does not come\n{}", self.log.text());
+    }
+
+    /// Waits until so many bytes are held in memory.
+    pub(crate) fn assert_held(&self, bytes: u64) {
+        let mut held = 0;
+        let reached = eventually(|| {
+            held = self.control(async |client| client.status().await).unwrap().held_bytes;
+            held == bytes
+        });
+        assert!(reached, "{held} bytes are held, not {bytes}\n{}", self.log.text());
+    }
+
+    /// Drops a snapshot.
+    pub(crate) fn drop_snapshot(&self, id: &str) {
+        self.control(async |client| client.drop_snapshot(id).await).unwrap();
+    }
+
+    /// A connection that speaks for the snapshot `id`, as `criu-imagectl open` makes it.
+    pub(crate) fn open(&self, id: &str) -> UnixStream {
+        self.open_to(id, None)
+    }
+
+    /// The same for a dump that goes to another cache than the configured one.
+    pub(crate) fn open_to(&self, id: &str, cache: Option<SocketAddr>) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (to, theirs) = (cache.map(|cache| cache.to_string()), OwnedFd::from(theirs));
+        self.control(async |client| client.open(id, to.as_deref(), true, theirs).await).unwrap();
+        ours
+    }
+
+    fn control<T>(
+        &self,
+        call: impl AsyncFnOnce(&mut Client) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
+        let socket: PathBuf = self.dir().join(CONTROL_SOCKET);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let talk = async { call(&mut Client::connect(socket).await?).await };
+            tokio::time::timeout(SOON, talk).await.expect("the daemon answers")
+        })
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Log {
+    fn push(&self, line: String) {
+        self.0.0.lock().unwrap().push(line);
+        self.0.1.notify_all();
+    }
+
+    /// The first line that is wanted, when it comes.
+    fn wait(&self, wanted: impl Fn(&str) -> bool) -> Option<String> {
+        let find = |lines: &[String]| lines.iter().find(|line| wanted(line)).cloned();
+        let lines = self.0.0.lock().unwrap();
+        let found = self.0.1.wait_timeout_while(lines, SOON, |lines| find(lines).is_none());
+        find(&found.unwrap().0)
+    }
+
+    fn text(&self) -> String {
+        self.0.0.lock().unwrap().join("\n")
+    }
+}
+
+/// Waits for what only asking tells.
+pub(crate) fn eventually(mut come: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + SOON;
+    while !come() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    true
+}
+
+/// An address that nobody listens on. Its port is none that the kernel gives to a connection.
+pub(crate) fn unused_address() -> SocketAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let start = u16::try_from(std::process::id() % 200).unwrap() * 100;
+        let port = 10_000 + start + NEXT.fetch_add(1, Ordering::Relaxed) % 2_000;
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! Peers that break the rules: each costs its own session, with a message that names peer, snapshot,
+//! image and cause; the daemon and every other session go on as they were.
+//!
+//! The daemons are real, their peers are stand-ins made of the library's codecs. No root is needed,
+//! and no systemd.
+#![allow(clippy::unwrap_used)]
+
+mod cache_standin;
+mod criu;
+mod daemons;
+mod hosts;
+mod link;
+mod proxy_standin;
+
+mod capture;
+mod capture_waits;
+mod descriptors;
+mod link_at_cache;
+mod link_at_proxy;
+mod link_order;
+mod quota;
+mod serve;
+mod serve_waits;
+mod uids;

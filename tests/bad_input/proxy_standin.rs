@@ -1,0 +1,97 @@
+//! What speaks to a cache in a proxy's place.
+
+use std::net::{SocketAddr, TcpStream};
+
+use criu_image_relay::criu::images::INVENTORY;
+use criu_image_relay::wire::frame;
+use criu_image_relay::wire::message::{
+    Hello, ImageBegin, ImageData, ImageEnd, Message, SnapshotBegin, SnapshotEnd,
+};
+
+use crate::criu::RECORDS;
+use crate::link::Link;
+
+/// A proxy, linked to a cache.
+pub(crate) struct ProxyStandin {
+    /// Its link.
+    pub(crate) link: Link,
+}
+
+impl ProxyStandin {
+    /// Connects and shakes hands.
+    pub(crate) fn connect(cache: SocketAddr) -> ProxyStandin {
+        let mut link = Link::new(TcpStream::connect(cache).unwrap());
+        link.say(&frame::preface());
+        link.send(&Message::Hello(Hello { name: "standin".to_owned(), features: Vec::new() }));
+        link.receive_preface();
+        let (answer, _) = link.receive().expect("a welcome");
+        assert!(matches!(answer, Message::Welcome(_)), "{answer:?}");
+        ProxyStandin { link }
+    }
+
+    pub(crate) fn begin(&mut self, snapshot: u32, id: &str) {
+        self.link.send(&Message::SnapshotBegin(SnapshotBegin { snapshot, id: id.to_owned() }));
+    }
+
+    pub(crate) fn begin_image(&mut self, snapshot: u32, image: u32, name: &str) {
+        let name = name.to_owned();
+        self.link.send(&Message::ImageBegin(ImageBegin { snapshot, image, name }));
+    }
+
+    pub(crate) fn data(&mut self, snapshot: u32, image: u32, offset: u64, payload: &[u8]) {
+        let data = Message::ImageData(ImageData { snapshot, image, offset });
+        self.link.send_payload(&data, payload);
+    }
+
+    pub(crate) fn end_image(&mut self, snapshot: u32, image: u32, size: usize) {
+        self.link.send(&Message::ImageEnd(ImageEnd { snapshot, image, size: size as u64 }));
+    }
+
+    pub(crate) fn end(&mut self, snapshot: u32, images: u64, bytes: usize) {
+        let end = SnapshotEnd { snapshot, complete: true, images, bytes: bytes as u64 };
+        self.link.send(&Message::SnapshotEnd(end));
+    }
+
+    /// A whole image.
+    pub(crate) fn image(&mut self, snapshot: u32, image: u32, name: &str, bytes: &[u8]) {
+        self.begin_image(snapshot, image, name);
+        self.data(snapshot, image, 0, bytes);
+        self.end_image(snapshot, image, bytes.len());
+    }
+
+    /// A whole snapshot of one image and the inventory, up to the acknowledgement.
+    pub(crate) fn whole(&mut self, snapshot: u32, id: &str, name: &str, bytes: &[u8]) {
+        self.begin(snapshot, id);
+        self.image(snapshot, 0, name, bytes);
+        self.complete(snapshot, 1, 1, bytes.len());
+    }
+
+    /// Completes a snapshot of which `images` with `bytes` were sent: the inventory as image number
+    /// `inventory`, the end, the acknowledgement.
+    #[track_caller]
+    pub(crate) fn complete(&mut self, snapshot: u32, inventory: u32, images: u64, bytes: usize) {
+        self.image(snapshot, inventory, INVENTORY, RECORDS);
+        self.end(snapshot, images + 1, bytes + RECORDS.len());
+        self.assert_acknowledged(snapshot);
+    }
+
+    /// The cache has acknowledged that snapshot, or does so now.
+    #[track_caller]
+    pub(crate) fn assert_acknowledged(&mut self, snapshot: u32) {
+        match self.link.receive() {
+            Some((Message::SnapshotAck(ack), _)) if ack.snapshot == snapshot => {}
+            other => panic!("{other:?} instead of an acknowledgement"),
+        }
+    }
+
+    /// The cache gives that snapshot up, and says why.
+    #[track_caller]
+    pub(crate) fn assert_aborted(&mut self, snapshot: u32, reason: &str) {
+        match self.link.receive() {
+            Some((Message::SnapshotAbort(abort), _)) if abort.snapshot == snapshot => {
+                assert!(abort.reason.contains(reason), "{}", abort.reason);
+            }
+            other => panic!("{other:?} instead of an abort"),
+        }
+    }
+}
