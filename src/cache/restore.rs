@@ -16,7 +16,7 @@ use crate::criu::stream::{BadRequest, decode_request, encode_reply};
 use crate::daemon::journal;
 use crate::daemon::sessions::{BadSession, Peer, closed, read_request, receive_descriptor};
 use crate::store::{Claim, Image, Images, Key, Unavailable};
-use crate::sys::pipe::{DEFAULT_CAPACITY, NotThatEnd, PipeWriter};
+use crate::sys::pipe::{DEFAULT_CAPACITY, NotThatEnd, Pipe, PipeWriter, transfer_from_file};
 
 use super::Cache;
 
@@ -230,28 +230,43 @@ async fn claim(cache: &Cache, source: Source) -> Claim {
 /// Moves an image into CRIU's pipe, from memory without a copy. Returns how many bytes CRIU took: it
 /// may close a pipe before its end (it does so for nftables images), and that is the image's end.
 async fn fill(pipe: PipeWriter, image: Rc<Image>, pipe_size: usize) -> u64 {
-    if image.len() > DEFAULT_CAPACITY as u64 {
-        pipe.grow(pipe_size);
+    let mut taken = 0;
+    match fill_all(&pipe, &image, pipe_size, &mut taken).await {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
+            tracing::debug!(criu_image = image.name(), "closed after {taken} bytes");
+        }
+        Err(error) => {
+            let criu_image = image.name();
+            tracing::warn!(criu_image, "image {criu_image} cannot be served: {error}");
+        }
+        Ok(()) => {}
     }
+    taken
+}
+
+/// CRIU holds its pipe's lock while it copies out of it. So the next bytes are looked up in the
+/// memfd meanwhile, into a pipe of our own, and then change pipes at once.
+async fn fill_all(
+    pipe: &PipeWriter,
+    image: &Image,
+    pipe_size: usize,
+    taken: &mut u64,
+) -> io::Result<()> {
+    let large = image.len() > DEFAULT_CAPACITY as u64;
+    let capacity = if large { pipe_size } else { DEFAULT_CAPACITY };
+    if large {
+        pipe.grow(capacity);
+    }
+    let staging = Pipe::new(capacity)?;
     let mut offset = 0;
     while offset < image.len() {
-        let len = usize::try_from(image.len() - offset).unwrap_or(usize::MAX).min(pipe_size);
-        match pipe.transfer_from_file(image.file(), &mut offset, len).await {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
-                tracing::debug!(criu_image = image.name(), "closed after {offset} bytes");
-                break;
-            }
-            Err(error) => {
-                tracing::warn!(
-                    criu_image = image.name(),
-                    "image {} cannot be read: {error}",
-                    image.name()
-                );
-                break;
-            }
+        let mut staged =
+            transfer_from_file(image.file(), &mut offset, &staging.into, staging.capacity())?;
+        while staged > 0 {
+            let moved = pipe.transfer_from(&staging, staged).await?;
+            staged -= moved;
+            *taken += moved as u64;
         }
     }
-    offset
+    Ok(())
 }

@@ -131,17 +131,12 @@ impl PipeWriter {
         Ok(PipeWriter(pipe::Sender::from_owned_fd(fd)?))
     }
 
-    /// Moves at most `len` bytes from `offset` of a file into the pipe, waiting for room. `EPIPE`
+    /// Moves at most `len` bytes that are in another pipe into this one, waiting for room. `EPIPE`
     /// means that the reader has closed its end.
-    pub async fn transfer_from_file(
-        &self,
-        file: impl AsFd,
-        offset: &mut u64,
-        len: usize,
-    ) -> io::Result<usize> {
+    pub async fn transfer_from(&self, staged: &Pipe, len: usize) -> io::Result<usize> {
         loop {
             self.0.writable().await?;
-            match self.0.try_io(|| transfer_from_file(&file, offset, &self.0, len)) {
+            match self.0.try_io(|| transfer(&staged.out, &self.0, len)) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 moved => return moved,
             }

@@ -12,7 +12,8 @@ use crate::proxy_standin::ProxyStandin;
 
 const QUOTA: (&str, &str) = ("store.max-bytes", "\"64K\"");
 /// Longer than any test waits for anything.
-const LONG: Settings<'static> = &[QUOTA, ("store.quota-wait", "\"15s\"")];
+const LONG: Settings<'static> =
+    &[QUOTA, ("store.quota-wait", "\"15s\""), ("link.keep-alive", "\"1min\"")];
 const SHORT: Settings<'static> = &[QUOTA, ("store.quota-wait", "\"400ms\"")];
 
 /// Ten pages.
