@@ -7,7 +7,8 @@
 //! Each run takes the floor and the relay in turn, on processes of the same size:
 //!
 //! - floor: `criu dump` to tmpfs and `criu restore` from tmpfs, on one host, no network at all;
-//! - relay: `criu dump --stream` on one host, `criu restore --stream` on the other.
+//! - after: `criu dump --stream` on one host, then `criu restore --stream` on the other;
+//! - waiting: the same, but the restore is started first and waits at the cache for its snapshot.
 //!
 //! The measure is from the start of the dump until the process runs again. Machines are noisy: read
 //! the medians and their ratio, not the single figures.
@@ -26,16 +27,18 @@ use bed::{BOTH, Bed, Host};
 /// One migration.
 #[derive(Debug, Clone, Copy)]
 struct Run {
+    total: Duration,
+    /// The dump's part of it.
     dump: Duration,
-    restore: Duration,
     /// CPU time of the proxy and of the cache.
     cpu: [Duration; 2],
 }
 
-impl Run {
-    fn total(self) -> Duration {
-        self.dump + self.restore
-    }
+/// When the restore is started.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Restore {
+    After,
+    Waiting,
 }
 
 fn main() {
@@ -43,41 +46,47 @@ fn main() {
     let runs = option("--runs", 5);
     let bed = Bed::up();
     bed.configure(Host::B, "keep", "\"taken\"");
-    let clean_up = |host, pid: &str| {
-        bed.ok(host, &["kill", "-KILL", pid]);
-        bed.ok(host, &["rm", "-rf", "/tmp/images"]);
-    };
 
-    println!("{mib} MiB, {runs} runs, each the floor and then the relay; seconds");
-    println!("{:>4}  {:>22}  {:>22}  {:>6}  cpu proxy, cache", "run", "floor", "relay", "ratio");
-    let mut pairs = Vec::new();
-    // The first pair warms up the page cache and the services; it is not counted.
+    println!(
+        "{mib} MiB, {runs} runs of each in turn; seconds from the start of the dump until it runs"
+    );
+    println!("{:>4}  {:>16}  {:>24}  {:>24}", "run", "floor", "after", "waiting");
+    let (mut floors, mut after, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
+    // The first run warms up the page cache and the services; it is not counted.
     for number in 0..=runs {
-        let floor = floor(&bed, &format!("f{number}"), mib, clean_up);
-        let relay = relay(&bed, &format!("r{number}"), mib, clean_up);
+        let base = floor(&bed, &format!("f{number}"), mib);
+        let one = relay(&bed, &format!("a{number}"), mib, Restore::After);
+        let other = relay(&bed, &format!("w{number}"), mib, Restore::Waiting);
+        let ratio = |run: Run| run.total.as_secs_f64() / base.total.as_secs_f64();
         let label = if number == 0 { "warm".to_owned() } else { number.to_string() };
-        show(&label, floor, relay, mib);
+        println!(
+            "{label:>4}  {:>16}  {:>16} = {:.2} x  {:>16} = {:.2} x",
+            show(base),
+            show(one),
+            ratio(one),
+            show(other),
+            ratio(other),
+        );
         if number > 0 {
-            pairs.push((floor, relay));
+            floors.push(base);
+            after.push(one);
+            waiting.push(other);
         }
     }
-    let floors = median(pairs.iter().map(|(floor, _)| floor.total()));
-    let relays = median(pairs.iter().map(|(_, relay)| relay.total()));
-    println!(
-        "median: floor {:.3}, relay {:.3}, ratio of medians {:.3}, median of ratios {:.3}",
-        floors.as_secs_f64(),
-        relays.as_secs_f64(),
-        relays.as_secs_f64() / floors.as_secs_f64(),
-        median_f64(pairs.iter().map(|(f, r)| r.total().as_secs_f64() / f.total().as_secs_f64())),
-    );
-    for (index, host) in BOTH.iter().enumerate() {
-        let cpu = median(pairs.iter().map(|(_, relay)| relay.cpu[index]));
-        let per_gb = cpu.as_secs_f64() / (f64::from(mib) * 1.048_576e-3);
-        println!("{}: {per_gb:.3} CPU seconds per GB", host.daemon());
+    let floor = median(&floors, |run| run.total);
+    println!("floor:   median {floor:.3} s");
+    for (name, relays) in [("after", &after), ("waiting", &waiting)] {
+        let relay = median(relays, |run| run.total);
+        println!("{:<8} median {relay:.3} s = {:.3} x floor", format!("{name}:"), relay / floor);
+        for (index, host) in BOTH.iter().enumerate() {
+            let gb = f64::from(mib) * 1.048_576e-3;
+            let cpu = median(relays, |run| run.cpu[index]) / gb;
+            println!("         {} {cpu:.3} CPU seconds per GB", host.daemon());
+        }
     }
 }
 
-fn floor(bed: &Bed, name: &str, mib: u32, clean_up: impl Fn(Host, &str)) -> Run {
+fn floor(bed: &Bed, name: &str, mib: u32) -> Run {
     let pid = bed.workload(Host::A, name, mib);
     let before = bed.ask(Host::A, name, &pid);
     bed.ok(Host::A, &["mkdir", "/tmp/images"]);
@@ -85,28 +94,36 @@ fn floor(bed: &Bed, name: &str, mib: u32, clean_up: impl Fn(Host, &str)) -> Run 
     bed.ok(Host::A, &["criu", "dump", "-t", &pid, "-D", "/tmp/images", "-o", "dump.log"]);
     let dump = start.elapsed();
     bed.ok(Host::A, &["criu", "restore", "-d", "-D", "/tmp/images", "-o", "restore.log"]);
-    let restore = start.elapsed().saturating_sub(dump);
+    let total = start.elapsed();
     assert_eq!(bed.ask(Host::A, name, &pid).checksum, before.checksum);
-    clean_up(Host::A, &pid);
-    Run { dump, restore, cpu: [Duration::ZERO; 2] }
+    bed.ok(Host::A, &["kill", "-KILL", &pid]);
+    bed.ok(Host::A, &["rm", "-rf", "/tmp/images"]);
+    Run { total, dump, cpu: [Duration::ZERO; 2] }
 }
 
-fn relay(bed: &Bed, name: &str, mib: u32, clean_up: impl Fn(Host, &str)) -> Run {
+fn relay(bed: &Bed, name: &str, mib: u32, restore: Restore) -> Run {
     let pid = bed.workload(Host::A, name, mib);
     let before = bed.ask(Host::A, name, &pid);
+    let spawn_restore = || bed.spawn(Host::B, &Bed::restore(Host::B.work_dir()));
+    let waiting = (restore == Restore::Waiting).then(|| {
+        let child = spawn_restore();
+        let waits = || bed.ctl(Host::B, &["status"])[0]["sessions"] == 1;
+        bed::wait_until("the restore waits", waits);
+        child
+    });
     let cpu_before = BOTH.map(|host| cpu(bed, host));
     let start = Instant::now();
     bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
     let dump = start.elapsed();
-    bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
-    let restore = start.elapsed().saturating_sub(dump);
+    bed::finish(waiting.unwrap_or_else(spawn_restore));
+    let total = start.elapsed();
     let cpu_after = BOTH.map(|host| cpu(bed, host));
     assert_eq!(bed.ask(Host::B, name, &pid).checksum, before.checksum);
-    clean_up(Host::B, &pid);
+    bed.ok(Host::B, &["kill", "-KILL", &pid]);
     // The cache gives the memory back before the next run, as the floor's images were removed.
     bed::wait_until("the snapshot is dropped", || bed.list(Host::B).is_empty());
     let cpu = [0, 1].map(|index| cpu_after[index].saturating_sub(cpu_before[index]));
-    Run { dump, restore, cpu }
+    Run { total, dump, cpu }
 }
 
 /// CPU time that the host's daemon has used, as systemd accounts for it.
@@ -115,34 +132,17 @@ fn cpu(bed: &Bed, host: Host) -> Duration {
     Duration::from_nanos(nanoseconds.trim().parse().unwrap_or(0))
 }
 
-fn show(label: &str, floor: Run, relay: Run, mib: u32) {
-    let times = |run: Run| {
-        let [dump, restore, total] =
-            [run.dump, run.restore, run.total()].map(|time| time.as_secs_f64());
-        format!("{dump:.3} + {restore:.3} = {total:.3}")
-    };
-    let ratio = relay.total().as_secs_f64() / floor.total().as_secs_f64();
-    let [proxy, cache] = relay.cpu.map(|cpu| cpu.as_secs_f64() * 1024.0 / f64::from(mib));
-    println!(
-        "{label:>4}  {:>22}  {:>22}  {ratio:>6.3}  {proxy:.3}, {cache:.3} per GiB",
-        times(floor),
-        times(relay)
-    );
+fn show(run: Run) -> String {
+    let rest = run.total.saturating_sub(run.dump);
+    format!("{:.2} + {:.2}", run.dump.as_secs_f64(), rest.as_secs_f64())
 }
 
-fn median(values: impl Iterator<Item = Duration>) -> Duration {
-    Duration::from_secs_f64(median_f64(values.map(|value| value.as_secs_f64())))
-}
-
-fn median_f64(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
+/// The median of a figure, in seconds.
+fn median(runs: &[Run], figure: impl Fn(&Run) -> Duration) -> f64 {
+    let mut values: Vec<f64> = runs.iter().map(|run| figure(run).as_secs_f64()).collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
-    if values.len() % 2 == 1 {
-        values[middle]
-    } else {
-        f64::midpoint(values[middle - 1], values[middle])
-    }
+    if values.len() % 2 == 1 { values[middle] } else { values[middle - 1].midpoint(values[middle]) }
 }
 
 fn option(name: &str, default: u32) -> u32 {

@@ -1,6 +1,7 @@
 //! A descriptor table that is full: the daemon says so once, keeps what it has, and serves again
 //! when there is room.
 
+use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use crate::criu::{Criu, RECORDS};
@@ -107,11 +108,37 @@ fn a_proxy_full_of_dumps_serves_on() {
     cache.assert_receiving("web", 0);
     let idle: Vec<_> = (0..TOO_MANY).map(|_| Criu::dump(&proxy)).collect();
     proxy.assert_log(&["WARN", FULL, "Too many open files"]);
-    std::io::Write::write_all(&mut &open, RECORDS).unwrap();
+    (&open).write_all(RECORDS).unwrap();
     drop((open, dump));
     cache.assert_log(&["snapshot web is whole"]);
     assert_eq!(proxy.count_log(FULL), 1);
     drop(idle);
     proxy.assert_alive();
     Bystander::begin(&proxy, &cache, address).finish();
+}
+
+/// Nobody can tell an image that is closed early from one that has ended.
+#[test]
+fn an_image_that_there_is_no_descriptor_for_ends_its_restore() {
+    // Whichever descriptor of those that an image needs is the one too many.
+    for files in FILES..FILES + 3 {
+        let (mut cache, address) = Daemon::cache_with_files(files, &[]);
+        ProxyStandin::connect(address).whole(0, "web", "pages-1.img", &vec![7; 3_000_000]);
+        let mut restore = Criu::restore(&cache);
+        let mut open = Vec::new();
+        while open.len() < TOO_MANY as usize {
+            restore.request("pages-1.img");
+            assert!(restore.reply().unwrap());
+            let mut pipe = restore.take();
+            if pipe.read(&mut [0; 10]).unwrap() == 0 {
+                break;
+            }
+            open.push(pipe);
+        }
+        restore.assert_closed();
+        cache.assert_log(&["WARN", "\"web\"", &Criu::peer(), "pages-1.img", "oo many open files"]);
+        drop(open);
+        cache.assert_alive();
+        assert_eq!(Criu::in_dir_of("web", &cache).read("inventory.img"), RECORDS);
+    }
 }
