@@ -32,6 +32,10 @@ const SILENT_INTERVALS: u32 = 3;
 const PIPE: usize = 1 << 20;
 /// Snapshots under way at once on one link.
 const SNAPSHOTS: usize = 1024;
+/// Answers that a peer has not read yet.
+const ANSWERS: usize = 4 * SNAPSHOTS;
+/// How long a peer may take to hear why its link ends.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Why a link ends.
 #[derive(Debug, thiserror::Error)]
@@ -139,13 +143,13 @@ async fn farewell(writer: &mut Writer, over: &Over) {
             return;
         }
         let goodbye = Message::goodbye(&over.to_string());
-        let _ = timeout(Duration::from_secs(1), writer.send(&goodbye)).await;
+        let _ = timeout(FAREWELL, writer.send(&goodbye)).await;
     }
 }
 
 /// Everything after the handshake.
 async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Writer, peer: &str) {
-    let (replies, queue) = mpsc::unbounded_channel();
+    let (replies, queue) = mpsc::channel(ANSWERS);
     let limits = Limits { images: settings.store.max_images, snapshots: SNAPSHOTS };
     let mut incoming = Incoming {
         cache,
@@ -154,6 +158,7 @@ async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Wr
         receiver: Receiver::new(limits),
         snapshots: HashMap::new(),
         replies,
+        deaf: false,
     };
     let mut answers = Answers { writer, queue, keep_alive: settings.link.keep_alive };
     let over = tokio::select! {
@@ -164,8 +169,9 @@ async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Wr
     let message_id = journal::LINK_LOST;
     if over.is_fault() {
         tracing::warn!(message_id = journal::PEER_REFUSED, "link from {peer} ended: {over}");
-        answers.flush().await;
-        farewell(&mut answers.writer, &over).await;
+        if timeout(FAREWELL, answers.flush()).await.is_ok() {
+            farewell(&mut answers.writer, &over).await;
+        }
     } else if lost > 0 {
         tracing::warn!(message_id, "link from {peer} lost with {lost} snapshots under way: {over}");
     } else {
@@ -177,7 +183,7 @@ async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Wr
 /// while the incoming direction waits for the quota.
 struct Answers {
     writer: Writer,
-    queue: mpsc::UnboundedReceiver<Message>,
+    queue: mpsc::Receiver<Message>,
     keep_alive: Duration,
 }
 
@@ -212,7 +218,9 @@ struct Incoming<'a> {
     peer: &'a str,
     receiver: Receiver,
     snapshots: HashMap<u32, Arriving>,
-    replies: mpsc::UnboundedSender<Message>,
+    replies: mpsc::Sender<Message>,
+    /// Whether an answer had to be left out: the peer does not read.
+    deaf: bool,
 }
 
 /// A snapshot under way.
@@ -233,6 +241,9 @@ impl Incoming<'_> {
             };
             if let Err(over) = self.act(&mut reader, received).await {
                 return over;
+            }
+            if self.deaf {
+                return Over::Refused(format!("it leaves {ANSWERS} answers unread"));
             }
         }
     }
@@ -310,8 +321,17 @@ impl Incoming<'_> {
             self.fail(snapshot, "it was dropped by the operator", true);
             return Ok(reader.discard(len).await?);
         };
-        if let Err(exhausted) = self.store.charge(arriving.key, &image, len as u64).await {
-            self.fail(snapshot, &format!("image {}: {exhausted}", image.name()), true);
+        // While it waits for room, nobody else looks whether it is still wanted, and still comes.
+        let charged = tokio::select! {
+            biased;
+            charged = self.store.charge(arriving.key, &image, len as u64) => {
+                charged.map_err(|exhausted| format!("image {}: {exhausted}", image.name()))
+            }
+            () = self.store.gone(arriving.key) => Err("it was dropped by the operator".to_owned()),
+            () = reader.hung_up() => return Err(LaneError::Torn.into()),
+        };
+        if let Err(reason) = charged {
+            self.fail(snapshot, &reason, true);
             return Ok(reader.discard(len).await?);
         }
         let mut offset = image.len();
@@ -336,7 +356,7 @@ impl Incoming<'_> {
                     "snapshot {id} is whole: {bytes} bytes in {images} images, {seconds:.2} s"
                 );
                 let ack = SnapshotAck { snapshot, images, bytes };
-                let _ = self.replies.send(Message::SnapshotAck(ack));
+                self.answer(Message::SnapshotAck(ack));
             }
             Err(reason) => {
                 self.tell_damaged(&id, &reason);
@@ -350,6 +370,13 @@ impl Incoming<'_> {
         if let Some(arriving) = self.snapshots.remove(&snapshot) {
             self.store.fail(arriving.key, reason);
             self.tell_damaged(&arriving.id, reason);
+        } else {
+            let message_id = journal::SNAPSHOT_DAMAGED;
+            tracing::warn!(
+                message_id,
+                "snapshot number {snapshot} from {} is refused: {reason}",
+                self.peer
+            );
         }
         if tell {
             self.give_up(snapshot, reason);
@@ -358,7 +385,11 @@ impl Incoming<'_> {
 
     fn give_up(&mut self, snapshot: u32, reason: &str) {
         self.receiver.give_up(snapshot);
-        let _ = self.replies.send(Message::abort(snapshot, reason));
+        self.answer(Message::abort(snapshot, reason));
+    }
+
+    fn answer(&mut self, answer: Message) {
+        self.deaf |= self.replies.try_send(answer).is_err();
     }
 
     fn tell_damaged(&self, id: &str, reason: &str) {

@@ -1,5 +1,7 @@
 //! One restore: a CRIU run connected to `streamer-serve.sock`, from its first request to its end.
 
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -43,6 +45,14 @@ enum Failure {
     /// Its request cannot be understood.
     #[error("{0}")]
     Request(#[from] BadRequest),
+    /// It passed no usable descriptor for an image.
+    #[error("image {name}: {cause}")]
+    Descriptor {
+        /// The image.
+        name: String,
+        /// What came instead.
+        cause: BadSession,
+    },
     /// It passed something else than the write end of a pipe.
     #[error("image {name}: {cause}")]
     Pipe {
@@ -51,9 +61,26 @@ enum Failure {
         /// What it was.
         cause: NotThatEnd,
     },
+    /// There is nothing to serve an image with. Its pipe must not just be closed: that would look
+    /// like the image's end.
+    #[error("image {name} cannot be served: {cause}")]
+    Image {
+        /// The image.
+        name: String,
+        /// What the kernel said.
+        cause: io::Error,
+    },
     /// It went away while it waited.
     #[error("the peer left while it waited for its snapshot")]
     Left,
+    /// It does not read its images to their end.
+    #[error("images {names} were not read for {waited:?}")]
+    Stalled {
+        /// The images.
+        names: String,
+        /// sessions.stall-timeout.
+        waited: Duration,
+    },
     /// There is no such snapshot to be had.
     #[error("{0}")]
     Unavailable(#[from] Unavailable),
@@ -83,6 +110,8 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
             socket,
             claim: None,
             pipes: JoinSet::new(),
+            named: false,
+            reading: Rc::default(),
             sent: Read::default(),
         };
         let result = restore.run(source).await;
@@ -117,12 +146,40 @@ fn tell_taken(claim: &Claim, sent: &Read, started: Instant) {
     );
 }
 
+/// What CRIU is reading, and how far it has come.
+#[derive(Debug, Default)]
+struct Reading {
+    /// How many pipes are open for an image.
+    open: RefCell<BTreeMap<String, usize>>,
+    /// Grows with every byte that CRIU takes.
+    bytes: Cell<u64>,
+}
+
+impl Reading {
+    fn begin(&self, name: &str) {
+        *self.open.borrow_mut().entry(name.to_owned()).or_default() += 1;
+    }
+
+    fn end(&self, name: &str) {
+        let mut open = self.open.borrow_mut();
+        if let Some(pipes) = open.get_mut(name) {
+            *pipes -= 1;
+            if *pipes == 0 {
+                open.remove(name);
+            }
+        }
+    }
+}
+
 struct Restore<'a> {
     cache: &'a Cache,
     settings: Rc<CacheSettings>,
     socket: UnixStream,
     claim: Option<Claim>,
     pipes: JoinSet<u64>,
+    /// Whether the log knows the snapshot.
+    named: bool,
+    reading: Rc<Reading>,
     sent: Read,
 }
 
@@ -134,8 +191,7 @@ impl Restore<'_> {
             let images = self.images(source).await?;
             self.answer(&images, &name, patience).await?;
         }
-        self.finish().await;
-        Ok(())
+        self.finish().await
     }
 
     /// The snapshot's images, once it is whole. CRIU waits for an image that is not there yet, and
@@ -153,8 +209,10 @@ impl Restore<'_> {
             claimed = wait => claimed,
             () = closed(&self.socket) => return Err(Failure::Left),
         };
-        if let Some(id) = claim.id() {
-            tracing::Span::current().record("criu_snapshot", id);
+        if !std::mem::replace(&mut self.named, true) {
+            if let Some(id) = claim.id() {
+                tracing::Span::current().record("criu_snapshot", id);
+            }
         }
         self.claim = Some(claim);
         Ok(images?)
@@ -176,12 +234,16 @@ impl Restore<'_> {
             tracing::trace!("there is no image {name}");
             return Ok(());
         };
-        let descriptor = receive_descriptor(&self.socket, patience).await?;
+        let descriptor = receive_descriptor(&self.socket, patience)
+            .await
+            .map_err(|cause| Failure::Descriptor { name: name.to_owned(), cause })?;
         let pipe = PipeWriter::adopt(descriptor)
             .map_err(|cause| Failure::Pipe { name: name.to_owned(), cause })?;
-        self.sent.images += 1;
         let pipe_size = usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX);
-        self.pipes.spawn_local(fill(pipe, image.clone(), pipe_size));
+        let served = |cause| Failure::Image { name: name.to_owned(), cause };
+        let fill = Fill::begin(pipe, image.clone(), pipe_size, &self.reading).map_err(served)?;
+        self.sent.images += 1;
+        self.pipes.spawn_local(fill.run());
         while let Some(filled) = self.pipes.try_join_next() {
             self.count(filled.unwrap_or(0));
         }
@@ -190,18 +252,18 @@ impl Restore<'_> {
 
     /// CRIU has closed the socket; its tasks may still read from their pipes. One that stops
     /// reading is given up after a while: nobody can tell it from one that has gone.
-    async fn finish(&mut self) {
+    async fn finish(&mut self) -> Result<(), Failure> {
         let limit = self.settings.sessions.stall_timeout;
+        let mut seen = self.reading.bytes.get();
         loop {
             match timeout(limit, self.pipes.join_next()).await {
                 Ok(Some(filled)) => self.count(filled.unwrap_or(0)),
-                Ok(None) => return,
+                Ok(None) => return Ok(()),
+                Err(_) if self.reading.bytes.get() > seen => seen = self.reading.bytes.get(),
                 Err(_) => {
-                    tracing::warn!(
-                        "{} images were not read to their end in {limit:?}",
-                        self.pipes.len()
-                    );
-                    return;
+                    let open = self.reading.open.borrow();
+                    let names = open.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+                    return Err(Failure::Stalled { names, waited: limit });
                 }
             }
         }
@@ -227,46 +289,68 @@ async fn claim(cache: &Cache, source: Source) -> Claim {
     }
 }
 
-/// Moves an image into CRIU's pipe, from memory without a copy. Returns how many bytes CRIU took: it
-/// may close a pipe before its end (it does so for nftables images), and that is the image's end.
-async fn fill(pipe: PipeWriter, image: Rc<Image>, pipe_size: usize) -> u64 {
-    let mut taken = 0;
-    match fill_all(&pipe, &image, pipe_size, &mut taken).await {
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
-            tracing::debug!(criu_image = image.name(), "closed after {taken} bytes");
-        }
-        Err(error) => {
-            let criu_image = image.name();
-            tracing::warn!(criu_image, "image {criu_image} cannot be served: {error}");
-        }
-        Ok(()) => {}
-    }
-    taken
-}
-
+/// One image on its way into CRIU's pipe.
+///
 /// CRIU holds its pipe's lock while it copies out of it. So the next bytes are looked up in the
 /// memfd meanwhile, into a pipe of our own, and then change pipes at once.
-async fn fill_all(
-    pipe: &PipeWriter,
-    image: &Image,
-    pipe_size: usize,
-    taken: &mut u64,
-) -> io::Result<()> {
-    let large = image.len() > DEFAULT_CAPACITY as u64;
-    let capacity = if large { pipe_size } else { DEFAULT_CAPACITY };
-    if large {
-        pipe.grow(capacity);
-    }
-    let staging = Pipe::new(capacity)?;
-    let mut offset = 0;
-    while offset < image.len() {
-        let mut staged =
-            transfer_from_file(image.file(), &mut offset, &staging.into, staging.capacity())?;
-        while staged > 0 {
-            let moved = pipe.transfer_from(&staging, staged).await?;
-            staged -= moved;
-            *taken += moved as u64;
+struct Fill {
+    pipe: PipeWriter,
+    image: Rc<Image>,
+    staging: Pipe,
+    reading: Rc<Reading>,
+    taken: u64,
+}
+
+impl Fill {
+    fn begin(
+        pipe: PipeWriter,
+        image: Rc<Image>,
+        pipe_size: usize,
+        reading: &Rc<Reading>,
+    ) -> io::Result<Fill> {
+        let large = image.len() > DEFAULT_CAPACITY as u64;
+        let capacity = if large { pipe_size } else { DEFAULT_CAPACITY };
+        if large {
+            pipe.grow(capacity);
         }
+        let staging = Pipe::new(capacity)?;
+        reading.begin(image.name());
+        Ok(Fill { pipe, image, staging, reading: reading.clone(), taken: 0 })
     }
-    Ok(())
+
+    /// Returns how many bytes CRIU took: it may close a pipe before its end (it does so for nftables
+    /// images), and that is the image's end.
+    async fn run(mut self) -> u64 {
+        let filled = self.fill().await;
+        let criu_image = self.image.name();
+        self.reading.end(criu_image);
+        match filled {
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
+                tracing::debug!(criu_image, "closed after {} bytes", self.taken);
+            }
+            Err(error) => {
+                tracing::warn!(criu_image, "image {criu_image} cannot be read: {error}");
+            }
+            Ok(()) => {}
+        }
+        self.taken
+    }
+
+    async fn fill(&mut self) -> io::Result<()> {
+        let mut offset = 0;
+        while offset < self.image.len() {
+            let (into, room) = (&self.staging.into, self.staging.capacity());
+            let mut staged = transfer_from_file(self.image.file(), &mut offset, into, room)?;
+            if staged == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            while staged > 0 {
+                let moved = self.pipe.transfer_from(&self.staging, staged).await?;
+                staged -= moved;
+                self.taken += moved as u64;
+                self.reading.bytes.set(self.reading.bytes.get() + moved as u64);
+            }
+        }
+        Ok(())
+    }
 }

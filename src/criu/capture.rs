@@ -4,14 +4,10 @@
 use std::collections::HashSet;
 
 use super::images::INVENTORY;
-use super::stream::{self, BadRequest};
 
 /// What a CRIU run did wrong. Its session ends, and its snapshot is damaged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// See [`BadRequest`].
-    #[error("{0}")]
-    Request(#[from] BadRequest),
     /// The image is being written already.
     #[error("image {0} is opened for writing twice at once")]
     OpenedTwice(String),
@@ -34,13 +30,12 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// CRIU opens an image: decodes the request. The descriptor of its pipe comes next.
-    pub fn open(&mut self, request: &[u8]) -> Result<String, Fault> {
-        let name = stream::decode_request(request)?;
-        if !self.open.insert(name.clone()) {
-            return Err(Fault::OpenedTwice(name));
+    /// CRIU opens an image.
+    pub fn open(&mut self, name: &str) -> Result<(), Fault> {
+        if !self.open.insert(name.to_owned()) {
+            return Err(Fault::OpenedTwice(name.to_owned()));
         }
-        Ok(name)
+        Ok(())
     }
 
     /// An image's pipe has ended.
@@ -65,16 +60,12 @@ impl Capture {
 mod tests {
     use super::*;
 
-    fn open(capture: &mut Capture, name: &str) -> Result<String, Fault> {
-        capture.open(&stream::encode_request(name)[stream::HEADER_LEN..])
-    }
-
     #[test]
     fn a_dump_is_complete_when_its_inventory_has_ended() {
         let mut capture = Capture::default();
-        open(&mut capture, "core-7.img").unwrap();
+        capture.open("core-7.img").unwrap();
         capture.ended("core-7.img");
-        open(&mut capture, INVENTORY).unwrap();
+        capture.open(INVENTORY).unwrap();
         assert!(matches!(capture.outcome(), Outcome::Failed(_)));
         capture.ended(INVENTORY);
         assert_eq!(capture.outcome(), Outcome::Complete);
@@ -83,7 +74,7 @@ mod tests {
     #[test]
     fn a_dump_without_an_inventory_has_failed() {
         let mut capture = Capture::default();
-        open(&mut capture, "core-7.img").unwrap();
+        capture.open("core-7.img").unwrap();
         capture.ended("core-7.img");
         let Outcome::Failed(why) = capture.outcome() else { panic!() };
         assert_eq!(why, "CRIU closed the session without writing inventory.img");
@@ -92,9 +83,9 @@ mod tests {
     #[test]
     fn an_image_may_be_written_again_but_not_twice_at_once() {
         let mut capture = Capture::default();
-        open(&mut capture, "a.img").unwrap();
-        assert_eq!(open(&mut capture, "a.img"), Err(Fault::OpenedTwice("a.img".into())));
+        capture.open("a.img").unwrap();
+        assert_eq!(capture.open("a.img"), Err(Fault::OpenedTwice("a.img".into())));
         capture.ended("a.img");
-        assert!(open(&mut capture, "a.img").is_ok());
+        assert!(capture.open("a.img").is_ok());
     }
 }

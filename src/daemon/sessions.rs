@@ -16,6 +16,9 @@ use super::journal;
 use crate::criu::stream::{BadRequest, HEADER_LEN, request_len};
 use crate::sys::scm;
 
+/// How often a peer that spoke out of turn is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// Counts the sessions under way.
 #[derive(Debug, Clone, Default)]
 pub struct Sessions(Rc<Cell<usize>>);
@@ -143,7 +146,13 @@ pub async fn closed(socket: &UnixStream) {
     };
     match socket.async_io(Interest::READABLE, peek).await {
         Ok(0) | Err(_) => {}
-        // Out of turn: its next request tells what comes of it.
-        Ok(_) => std::future::pending().await,
+        // Out of turn: its next request tells what comes of it. It hides the end from recv(2), but
+        // not from epoll(7).
+        Ok(_) => {
+            while socket.ready(Interest::READABLE).await.is_ok_and(|ready| !ready.is_read_closed())
+            {
+                tokio::time::sleep(LOOK).await;
+            }
+        }
     }
 }

@@ -4,9 +4,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
-use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{interval, timeout};
 
 use crate::config::LinkSettings;
 use crate::sys::pipe::PipeReader;
@@ -100,12 +100,11 @@ impl Connection {
             closed: Cell::new(false),
         });
         let shared = connection.clone();
-        let keep_alive = settings.keep_alive;
-        let max_chunk = usize::try_from(settings.max_chunk).unwrap_or(usize::MAX);
+        let settings = settings.clone();
         let over = async move {
             tokio::select! {
                 why = receive(reader, &shared) => why,
-                why = send(writer, queue, keep_alive, max_chunk) => why,
+                why = send(writer, queue, &settings) => why,
             }
         };
         (connection, over)
@@ -252,21 +251,31 @@ async fn receive(mut reader: Reader, connection: &Connection) -> String {
 async fn send(
     mut writer: Writer,
     mut queue: mpsc::Receiver<Command>,
-    keep_alive: Duration,
-    max_chunk: usize,
+    settings: &LinkSettings,
 ) -> String {
     let mut sender = Sender::default();
-    let mut pulse = tokio::time::interval(keep_alive);
+    let mut pulse = interval(settings.keep_alive);
+    let max_chunk = usize::try_from(settings.max_chunk).unwrap_or(usize::MAX);
     loop {
-        let sent = tokio::select! {
+        let command = tokio::select! {
             command = queue.recv() => match command {
-                Some(command) => obey(command, &mut sender, &mut writer, max_chunk).await,
+                Some(command) => Some(command),
                 None => return "nobody uses it any more".to_owned(),
             },
-            _ = pulse.tick() => writer.send(&Message::KeepAlive(KeepAlive {})).await,
+            _ = pulse.tick() => None,
         };
-        if let Err(error) = sent {
-            return error.to_string();
+        let sent = async {
+            match command {
+                Some(command) => obey(command, &mut sender, &mut writer, max_chunk).await,
+                None => writer.send(&Message::KeepAlive(KeepAlive {})).await,
+            }
+        };
+        // A cache that waits for its quota reads nothing for a while; one that never reads again
+        // must not hold CRIU's process frozen.
+        match timeout(settings.ack_timeout, sent).await {
+            Err(_) => return format!("the cache has read nothing for {:?}", settings.ack_timeout),
+            Ok(Err(error)) => return error.to_string(),
+            Ok(Ok(())) => {}
         }
     }
 }

@@ -1,9 +1,11 @@
 //! One dump: a CRIU run connected to `streamer-capture.sock`, from its first request to the cache's
 //! acknowledgement.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::net::UnixStream;
@@ -15,6 +17,7 @@ use tracing::Instrument;
 use crate::config::{ProxySettings, SessionSettings};
 use crate::control::model::SnapshotState;
 use crate::criu::capture::{Capture, Fault, Outcome};
+use crate::criu::stream::{BadRequest, decode_request};
 use crate::daemon::journal;
 use crate::daemon::sessions::{BadSession, Peer, read_request, receive_descriptor};
 use crate::sys::clock::now_ms;
@@ -39,7 +42,11 @@ impl Target {
     /// A new snapshot for a dump through the shared socket, which names none: the id says who took
     /// it, when, and which CRIU.
     pub fn fresh(host: &str, peer: Peer, cache: String) -> Target {
-        Target { id: format!("{host}-{}-{}", now_ms(), peer.pid), cache, record: None }
+        // No two are alike, not even those of one process in one millisecond.
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let at = now_ms().max(LAST.load(Ordering::Relaxed) + 1);
+        LAST.store(at, Ordering::Relaxed);
+        Target { id: format!("{host}-{at}-{}", peer.pid), cache, record: None }
     }
 }
 
@@ -49,6 +56,17 @@ enum Failure {
     /// CRIU, or what speaks in its place, broke the protocol.
     #[error("{0}")]
     Session(#[from] BadSession),
+    /// Its request cannot be understood.
+    #[error("{0}")]
+    Request(#[from] BadRequest),
+    /// It passed no usable descriptor with a request.
+    #[error("image {name}: {cause}")]
+    Descriptor {
+        /// The image.
+        name: String,
+        /// What came instead.
+        cause: BadSession,
+    },
     /// It broke the protocol's order.
     #[error("{0}")]
     Fault(#[from] Fault),
@@ -99,9 +117,10 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
     async {
         let settings = proxy.settings();
         let mut requests = Requests::read_from(socket, &settings.sessions);
-        // A peer that only connects and goes makes no snapshot.
-        let Some(first) = requests.next().await else {
-            tracing::debug!("{peer} left without a request");
+        // A peer that only connects makes no snapshot.
+        let first = timeout(settings.sessions.stall_timeout, requests.next()).await;
+        let Ok(Some(first)) = first else {
+            tracing::debug!("{peer} made no request");
             return false;
         };
         let Some(record) = target
@@ -114,7 +133,13 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
         };
         record.begin();
         let started = Instant::now();
-        let mut dump = Dump { proxy, settings, target: &target, record: &record };
+        let mut dump = Dump {
+            proxy,
+            settings,
+            target: &target,
+            record: &record,
+            written: Rc::new(Cell::new(started)),
+        };
         let result = dump.run(first, requests).await;
         record.end(result.as_ref().err().map(ToString::to_string));
         tell(&record, &result, started);
@@ -157,15 +182,20 @@ struct Dump<'a> {
     settings: Rc<ProxySettings>,
     target: &'a Target,
     record: &'a Rc<Record>,
+    /// When CRIU last wrote to any image.
+    written: Rc<Cell<Instant>>,
 }
 
-type Request = Result<(Vec<u8>, OwnedFd), BadSession>;
+/// An image that CRIU opens, and the pipe that it passed.
+type Request = Result<(String, OwnedFd), Failure>;
 
 impl Dump<'_> {
     async fn run(&mut self, first: Request, requests: Requests) -> Result<(), Failure> {
+        // What is wrong from the start needs no link.
+        let first = first?;
         let upload = self.connect().await?;
         let result = async {
-            self.capture(&upload, first, requests).await?;
+            self.capture(&upload, Ok(first), requests).await?;
             self.finish(&upload).await
         }
         .await;
@@ -198,6 +228,9 @@ impl Dump<'_> {
         let mut connected = true;
         while connected || !images.is_empty() {
             tokio::select! {
+                // The link's end is the cause of whatever fails with it.
+                biased;
+                fate = upload.fate() => return Err(lost(fate)),
                 request = requests.next(), if connected => match request {
                     Some(request) => self.open(upload, &mut capture, &mut images, request).await?,
                     None => connected = false,
@@ -206,7 +239,6 @@ impl Dump<'_> {
                     Ok(name) => capture.ended(&name?),
                     Err(error) => return Err(Failure::Stopped(error.to_string())),
                 },
-                fate = upload.fate() => return Err(lost(fate)),
                 reason = self.record.stopped() => return Err(Failure::Stopped(reason)),
             }
         }
@@ -224,11 +256,12 @@ impl Dump<'_> {
         images: &mut JoinSet<Result<String, Failure>>,
         request: Request,
     ) -> Result<(), Failure> {
-        let (request, descriptor) = request?;
-        let name = capture.open(&request)?;
+        let (name, descriptor) = request?;
+        capture.open(&name)?;
         let pipe = PipeReader::adopt(descriptor)
             .map_err(|cause| Failure::Pipe { name: name.clone(), cause })?;
         self.record.begin_image(&name);
+        self.written.set(Instant::now());
         let image = upload.begin_image(&name).await;
         let forward = Forward {
             upload: upload.clone(),
@@ -237,6 +270,7 @@ impl Dump<'_> {
             pipe: Rc::new(pipe),
             record: self.record.clone(),
             records: self.proxy.records.clone(),
+            written: self.written.clone(),
             stall_timeout: self.settings.sessions.stall_timeout,
             pipe_size: usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX),
         };
@@ -254,7 +288,16 @@ impl Dump<'_> {
         };
         match fate {
             Err(_) => Err(Failure::Lost(format!("no acknowledgement within {limit:?}"))),
-            Ok(Fate::Acknowledged { .. }) => Ok(()),
+            Ok(Fate::Acknowledged { images, bytes }) => {
+                let sent = self.record.info();
+                if (images, bytes) == (sent.images, sent.bytes) {
+                    return Ok(());
+                }
+                Err(Failure::Lost(format!(
+                    "the cache acknowledged {images} images with {bytes} bytes, {} with {} were sent",
+                    sent.images, sent.bytes
+                )))
+            }
             Ok(fate) => Err(lost(fate)),
         }
     }
@@ -275,6 +318,8 @@ struct Forward {
     pipe: Rc<PipeReader>,
     record: Rc<Record>,
     records: Rc<super::records::Records>,
+    /// CRIU keeps images open that it does not write to, while it writes others.
+    written: Rc<Cell<Instant>>,
     stall_timeout: Duration,
     pipe_size: usize,
 }
@@ -291,6 +336,7 @@ impl Forward {
         let mut grown = false;
         loop {
             match timeout(self.stall_timeout, self.pipe.readable()).await {
+                Err(_) if self.written.get().elapsed() < self.stall_timeout => continue,
                 Err(_) => return Err(format!("nothing was written for {:?}", self.stall_timeout)),
                 Ok(ready) => ready.map_err(said)?,
             }
@@ -298,6 +344,7 @@ impl Forward {
                 Chunk::NotYet => {}
                 Chunk::End => break,
                 Chunk::Moved(bytes) => {
+                    self.written.set(Instant::now());
                     self.record.sent(&self.name, bytes);
                     self.records.sent(bytes);
                     // Only the pipes that were full are worth the memory that the kernel grants.
@@ -319,6 +366,15 @@ fn said(error: io::Error) -> String {
     error.to_string()
 }
 
+/// The image that a request opens, and the descriptor that comes after it.
+async fn opened(socket: &UnixStream, request: &[u8], patience: Duration) -> Request {
+    let name = decode_request(request)?;
+    match receive_descriptor(socket, patience).await {
+        Ok(descriptor) => Ok((name, descriptor)),
+        Err(cause) => Err(Failure::Descriptor { name, cause }),
+    }
+}
+
 /// CRIU's requests, read by a task of their own so that waiting for the next can be given up at any
 /// point without losing a part of it.
 struct Requests {
@@ -336,10 +392,8 @@ impl Requests {
             loop {
                 let request = match read_request(&mut socket, patience).await {
                     Ok(None) => return,
-                    Ok(Some(request)) => receive_descriptor(&socket, patience)
-                        .await
-                        .map(|descriptor| (request, descriptor)),
-                    Err(error) => Err(error),
+                    Ok(Some(request)) => opened(&socket, &request, patience).await,
+                    Err(error) => Err(error.into()),
                 };
                 let over = request.is_err();
                 if sender.send(request).await.is_err() || over {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::Mutex;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::config::ProxySettings;
 use crate::control::model::LinkStatus;
@@ -60,14 +60,18 @@ impl Links {
         settings: &ProxySettings,
     ) -> Result<Rc<Connection>, String> {
         let link = self.link(destination);
-        let _only_one = link.connecting.lock().await;
+        // Each dump waits that long, also for another that connects.
+        let deadline = Instant::now() + settings.link.give_up_after;
+        let Ok(_only_one) = timeout_at(deadline, link.connecting.lock()).await else {
+            return Err(no_link(destination, settings, &link.status().why));
+        };
         if let Some(connection) = link.connection() {
             return Ok(connection);
         }
-        let deadline = Instant::now() + settings.link.give_up_after;
         let mut pause = FIRST_PAUSE;
         loop {
-            let why = match attempt(destination, &self.name, settings).await {
+            let limit = settings.link.connect_timeout.min(deadline - Instant::now());
+            let why = match attempt(destination, &self.name, settings, limit).await {
                 Ok((reader, writer, cache)) => {
                     tracing::info!(
                         message_id = journal::LINK_UP,
@@ -86,7 +90,7 @@ impl Links {
                     criu_peer = destination,
                     "no link to {destination}, given up after {waited:?}: {why}"
                 );
-                return Err(format!("no link to the cache {destination} within {waited:?}: {why}"));
+                return Err(no_link(destination, settings, &why));
             }
             tracing::debug!("no link to {destination}, trying again in {pause:?}: {why}");
             sleep(pause).await;
@@ -171,11 +175,17 @@ impl Link {
     }
 }
 
+fn no_link(destination: &str, settings: &ProxySettings, why: &str) -> String {
+    let waited = settings.link.give_up_after;
+    format!("no link to the cache {destination} within {waited:?}: {why}")
+}
+
 /// Connects and shakes hands. Returns the cache's name for itself.
 async fn attempt(
     destination: &str,
     name: &str,
     settings: &ProxySettings,
+    limit: Duration,
 ) -> Result<(Reader, Writer, String), String> {
     let in_time = async {
         let address = resolve(destination).await?;
@@ -193,7 +203,6 @@ async fn attempt(
         let cache = shake_hands(&mut reader, &mut writer, name).await?;
         Ok((reader, writer, cache))
     };
-    let limit = settings.link.connect_timeout;
     timeout(limit, in_time).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
 }
 

@@ -17,6 +17,9 @@ use super::frame::{self, BadFrame, HEADER_LEN, Header, MESSAGE_MAX, PREFACE_LEN}
 use super::message::{BadMessage, Message};
 use crate::sys::pipe::{Pipe, transfer, transfer_to_file};
 
+/// How often a peer that nothing is read from is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// Why a lane ends.
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
@@ -166,6 +169,14 @@ impl Reader {
             len -= room;
         }
         Ok(())
+    }
+
+    /// Resolves when the peer has closed its direction, though not all that it sent has been read.
+    pub async fn hung_up(&self) {
+        while self.stream.ready(Interest::READABLE).await.is_ok_and(|ready| !ready.is_read_closed())
+        {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Moves what has come of the payload into the pipe, which is empty, so that only the socket

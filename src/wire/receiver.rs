@@ -79,6 +79,9 @@ pub enum Violation {
         /// The number it named.
         snapshot: u32,
     },
+    /// A peer that begins more and more, and ends none.
+    #[error("{0} snapshots begun on one link, and none of them ended")]
+    TooManySnapshots(usize),
     /// A number that is in use, or was.
     #[error("snapshot number {0} begun twice on one link")]
     SnapshotTwice(u32),
@@ -198,6 +201,10 @@ impl Receiver {
         if u64::from(snapshot) < self.next {
             return Err(Violation::SnapshotTwice(snapshot));
         }
+        // The first ones too many are refused each, until the peer has heard of it.
+        if self.snapshots.len() >= 2 * self.limits.snapshots {
+            return Err(Violation::TooManySnapshots(self.snapshots.len()));
+        }
         self.next = u64::from(snapshot) + 1;
         let full = self.snapshots.len() >= self.limits.snapshots;
         self.snapshots.insert(snapshot, Incoming::Receiving(Counts::new(&id)));
@@ -205,7 +212,8 @@ impl Receiver {
             return Ok(self.damaged(snapshot, format!("as a snapshot id, {bad}")));
         }
         if full {
-            let reason = format!("{} snapshots are under way on this link", self.limits.snapshots);
+            let limit = self.limits.snapshots;
+            let reason = format!("{limit} snapshots beside {id} are under way on this link");
             return Ok(self.damaged(snapshot, reason));
         }
         Ok(Action::Begin { snapshot, id })
