@@ -121,7 +121,8 @@ fn an_answer_that_is_no_welcome_is_no_link() {
 #[test]
 fn an_answer_that_does_not_come_in_time_is_no_link() {
     for part in [&b""[..], b"CRIUR", &frame::preface()] {
-        assert_no_link(|link| link.say(part), "no answer within 400ms");
+        // How long depends on what is left of link.give-up-after.
+        assert_no_link(|link| link.say(part), "no answer within ");
     }
 }
 

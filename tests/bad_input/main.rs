@@ -21,4 +21,3 @@ mod link_order;
 mod quota;
 mod serve;
 mod serve_waits;
-mod uids;

@@ -94,3 +94,45 @@ fn a_reload_puts_a_good_configuration_in_force_and_leaves_a_bad_one() {
     let checked = bed.run(Host::B, &["criu-image-cache", "--check-config"]);
     assert_eq!(checked.status.code(), Some(78));
 }
+
+/// Connects to a socket and tells whether the session is ended at once.
+const CONNECT: &str = "import socket, sys
+stream = socket.socket(socket.AF_UNIX)
+stream.settimeout(2)
+stream.connect(sys.argv[1])
+try:
+    print('ended' if stream.recv(1) == b'' else 'spoken to')
+except TimeoutError:
+    print('served')
+";
+
+#[test]
+fn strangers_reach_no_socket_and_group_members_no_session() {
+    let bed = Bed::up();
+    let as_user = |host: Host, group: &str, socket: &str| {
+        let path = format!("{}/{socket}", host.work_dir());
+        let user = ["setpriv", "--reuid=65534", "--regid", group, "--clear-groups"];
+        let client = ["python3", "-c", CONNECT, &path];
+        let output = bed.run(host, &[&user[..], &client].concat());
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    for (host, stream) in [(Host::A, "streamer-capture.sock"), (Host::B, "streamer-serve.sock")] {
+        for socket in [stream, "control.sock"] {
+            assert_eq!(as_user(host, "65534", socket), (false, String::new()), "{socket}");
+            let ended = (true, "ended".to_owned());
+            assert_eq!(as_user(host, "criu-image", socket), ended, "{socket}");
+        }
+        wait_until("the refusals are in the journal", || {
+            let refused = bed.journal(host, &["-u", host.daemon(), "PRIORITY=4"]);
+            let named = |entry: &serde_json::Value| {
+                entry["MESSAGE"].as_str().unwrap().contains("(uid 65534) is refused")
+            };
+            refused.iter().filter(|entry| named(entry)).count() == 2
+        });
+        bed.configure(host, "allow-uids", "[65534]");
+        bed.ok(host, &["systemctl", "reload", host.daemon()]);
+        wait_until("the uid is allowed", || {
+            as_user(host, "criu-image", stream) == (true, "served".to_owned())
+        });
+    }
+}
