@@ -2,11 +2,8 @@
 //! interleaving; what one of them does wrong damages that one, what the peer does wrong ends the
 //! link, and damages those that were under way.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
-use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -15,15 +12,14 @@ use tracing::Instrument;
 
 use crate::config::CacheSettings;
 use crate::daemon::journal;
-use crate::daemon::sessions::Session;
-use crate::store::{Image, Key, Store};
 use crate::sys::clock::host_name;
 use crate::wire::frame::BadFrame;
 use crate::wire::lane::{self, LaneError, Reader, Writer};
-use crate::wire::message::{KeepAlive, Message, SnapshotAck, Welcome};
-use crate::wire::receiver::{Action, Limits, Receiver, Violation};
+use crate::wire::message::{KeepAlive, Message, Welcome};
+use crate::wire::receiver::{Limits, Violation};
 
 use super::Cache;
+use super::incoming::Incoming;
 
 /// A peer is gone when it was silent for this many keep-alive intervals.
 const SILENT_INTERVALS: u32 = 3;
@@ -39,7 +35,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Why a link ends.
 #[derive(Debug, thiserror::Error)]
-enum Over {
+pub(super) enum Over {
     /// The connection failed or ended, or what came on it was no frame.
     #[error("{0}")]
     Lane(#[from] LaneError),
@@ -151,15 +147,7 @@ async fn farewell(writer: &mut Writer, over: &Over) {
 async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Writer, peer: &str) {
     let (replies, queue) = mpsc::channel(ANSWERS);
     let limits = Limits { images: settings.store.max_images, snapshots: SNAPSHOTS };
-    let mut incoming = Incoming {
-        cache,
-        store: &cache.store,
-        peer,
-        receiver: Receiver::new(limits),
-        snapshots: HashMap::new(),
-        replies,
-        deaf: false,
-    };
+    let mut incoming = Incoming::new(cache, peer, limits, replies);
     let mut answers = Answers { writer, queue, keep_alive: settings.link.keep_alive };
     let over = tokio::select! {
         over = incoming.receive(reader) => over,
@@ -208,207 +196,5 @@ impl Answers {
                 return;
             }
         }
-    }
-}
-
-/// The incoming direction.
-struct Incoming<'a> {
-    cache: &'a Cache,
-    store: &'a Store,
-    peer: &'a str,
-    receiver: Receiver,
-    snapshots: HashMap<u32, Arriving>,
-    replies: mpsc::Sender<Message>,
-    /// Whether an answer had to be left out: the peer does not read.
-    deaf: bool,
-}
-
-/// A snapshot under way.
-struct Arriving {
-    id: String,
-    key: Key,
-    images: HashMap<u32, Rc<Image>>,
-    started: Instant,
-    _busy: Session,
-}
-
-impl Incoming<'_> {
-    async fn receive(&mut self, mut reader: Reader) -> Over {
-        loop {
-            let received = match reader.receive().await {
-                Ok(received) => received,
-                Err(error) => return error.into(),
-            };
-            if let Err(over) = self.act(&mut reader, received).await {
-                return over;
-            }
-            if self.deaf {
-                return Over::Refused(format!("it leaves {ANSWERS} answers unread"));
-            }
-        }
-    }
-
-    async fn act(
-        &mut self,
-        reader: &mut Reader,
-        (message, len): (Message, usize),
-    ) -> Result<(), Over> {
-        match self.receiver.receive(message, len)? {
-            Action::Nothing => {}
-            Action::Begin { snapshot, id } => self.begin(snapshot, id),
-            Action::BeginImage { snapshot, image, name } => {
-                self.begin_image(snapshot, image, &name);
-            }
-            Action::Append { snapshot, image } => {
-                return self.append(reader, snapshot, image, len).await;
-            }
-            Action::Discard => reader.discard(len).await?,
-            Action::EndImage { snapshot, image } => {
-                let arriving = self.snapshots.get_mut(&snapshot);
-                if let Some(image) = arriving.and_then(|arriving| arriving.images.remove(&image)) {
-                    image.end();
-                }
-            }
-            Action::Complete { snapshot, images, bytes } => self.complete(snapshot, images, bytes),
-            Action::Damaged { snapshot, reason, by_peer } => {
-                self.fail(snapshot, &reason, !by_peer);
-            }
-            Action::Goodbye(reason) => return Err(Over::Goodbye(reason)),
-        }
-        Ok(())
-    }
-
-    fn begin(&mut self, snapshot: u32, id: String) {
-        match self.store.begin(&id, self.peer) {
-            Ok(key) => {
-                let (images, started) = (HashMap::new(), Instant::now());
-                let busy = self.cache.links.busy.enter();
-                let arriving = Arriving { id, key, images, started, _busy: busy };
-                self.snapshots.insert(snapshot, arriving);
-            }
-            Err(refused) => {
-                let message_id = journal::SNAPSHOT_DAMAGED;
-                tracing::warn!(
-                    message_id,
-                    criu_snapshot = id,
-                    "snapshot {id} is refused: {refused}"
-                );
-                self.give_up(snapshot, &refused.to_string());
-            }
-        }
-    }
-
-    fn begin_image(&mut self, snapshot: u32, image: u32, name: &str) {
-        let Some(arriving) = self.snapshots.get_mut(&snapshot) else { return };
-        match self.store.begin_image(arriving.key, name) {
-            Ok(begun) => drop(arriving.images.insert(image, begun)),
-            Err(refused) => self.fail(snapshot, &refused.to_string(), true),
-        }
-    }
-
-    /// Payload: charged, then spliced into the image's memfd.
-    async fn append(
-        &mut self,
-        reader: &mut Reader,
-        snapshot: u32,
-        image: u32,
-        len: usize,
-    ) -> Result<(), Over> {
-        let image = self.snapshots.get(&snapshot).and_then(|arriving| {
-            self.store.is_receiving(arriving.key).then(|| arriving.images.get(&image)).flatten()
-        });
-        let (Some(image), Some(arriving)) = (image.cloned(), self.snapshots.get(&snapshot)) else {
-            self.fail(snapshot, "it was dropped by the operator", true);
-            return Ok(reader.discard(len).await?);
-        };
-        // While it waits for room, nobody else looks whether it is still wanted, and still comes.
-        let charged = tokio::select! {
-            biased;
-            charged = self.store.charge(arriving.key, &image, len as u64) => {
-                charged.map_err(|exhausted| format!("image {}: {exhausted}", image.name()))
-            }
-            () = self.store.gone(arriving.key) => Err("it was dropped by the operator".to_owned()),
-            () = reader.hung_up() => return Err(LaneError::Torn.into()),
-        };
-        if let Err(reason) = charged {
-            self.fail(snapshot, &reason, true);
-            return Ok(reader.discard(len).await?);
-        }
-        let mut offset = image.len();
-        reader.payload_to_file(image.as_fd(), &mut offset, len).await?;
-        image.grown_to(offset);
-        self.store.received(len as u64);
-        Ok(())
-    }
-
-    fn complete(&mut self, snapshot: u32, images: u64, bytes: u64) {
-        let Some(arriving) = self.snapshots.remove(&snapshot) else { return };
-        let Arriving { id, key, started, .. } = arriving;
-        let seconds = started.elapsed().as_secs_f64();
-        match self.store.complete(key) {
-            Ok(_) => {
-                tracing::info!(
-                    message_id = journal::SNAPSHOT_WHOLE,
-                    criu_snapshot = id,
-                    criu_bytes = bytes,
-                    criu_images = images,
-                    criu_seconds = seconds,
-                    "snapshot {id} is whole: {bytes} bytes in {images} images, {seconds:.2} s"
-                );
-                let ack = SnapshotAck { snapshot, images, bytes };
-                self.answer(Message::SnapshotAck(ack));
-            }
-            Err(reason) => {
-                self.tell_damaged(&id, &reason);
-                self.give_up(snapshot, &reason);
-            }
-        }
-    }
-
-    /// A snapshot under way is damaged; the peer is told unless it said so itself.
-    fn fail(&mut self, snapshot: u32, reason: &str, tell: bool) {
-        if let Some(arriving) = self.snapshots.remove(&snapshot) {
-            self.store.fail(arriving.key, reason);
-            self.tell_damaged(&arriving.id, reason);
-        } else {
-            let message_id = journal::SNAPSHOT_DAMAGED;
-            tracing::warn!(
-                message_id,
-                "snapshot number {snapshot} from {} is refused: {reason}",
-                self.peer
-            );
-        }
-        if tell {
-            self.give_up(snapshot, reason);
-        }
-    }
-
-    fn give_up(&mut self, snapshot: u32, reason: &str) {
-        self.receiver.give_up(snapshot);
-        self.answer(Message::abort(snapshot, reason));
-    }
-
-    fn answer(&mut self, answer: Message) {
-        self.deaf |= self.replies.try_send(answer).is_err();
-    }
-
-    fn tell_damaged(&self, id: &str, reason: &str) {
-        let message_id = journal::SNAPSHOT_DAMAGED;
-        let criu_snapshot = id;
-        tracing::warn!(
-            message_id,
-            criu_snapshot,
-            "snapshot {id} from {} damaged: {reason}",
-            self.peer
-        );
-    }
-
-    /// The link is over: what was under way is damaged. Returns how many snapshots that were.
-    fn abandon(&mut self, reason: &str) -> usize {
-        let under_way: Vec<u32> = self.snapshots.keys().copied().collect();
-        for snapshot in &under_way {
-            self.fail(*snapshot, reason, false);
-        }
-        under_way.len()
     }
 }

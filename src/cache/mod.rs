@@ -1,12 +1,14 @@
 //! The destination host: links from proxies come in, CRIU's restores are served.
 //!
-//! - [`link`]: one proxy, from its preface to its last snapshot.
-//! - [`restore`]: one CRIU run, as a list of phases.
+//! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it.
+//! - [`restore`]: one CRIU run, as a list of phases; `fill` is an image on its way out.
 
 pub mod link;
 pub mod restore;
 
 mod control;
+mod fill;
+mod incoming;
 
 use std::cell::{Cell, RefCell};
 use std::io;

@@ -1,12 +1,9 @@
 //! One restore: a CRIU run connected to `streamer-serve.sock`, from its first request to its end.
 
-use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
@@ -17,10 +14,11 @@ use crate::config::CacheSettings;
 use crate::criu::stream::{BadRequest, decode_request, encode_reply};
 use crate::daemon::journal;
 use crate::daemon::sessions::{BadSession, Peer, closed, read_request, receive_descriptor};
-use crate::store::{Claim, Image, Images, Key, Unavailable};
-use crate::sys::pipe::{DEFAULT_CAPACITY, NotThatEnd, Pipe, PipeWriter, transfer_from_file};
+use crate::store::{Claim, Images, Key, Unavailable};
+use crate::sys::pipe::{NotThatEnd, PipeWriter};
 
 use super::Cache;
+use super::fill::{Fill, Reading};
 
 /// Which snapshot a restore gets.
 #[derive(Debug, Clone, Copy)]
@@ -146,31 +144,6 @@ fn tell_taken(claim: &Claim, sent: &Read, started: Instant) {
     );
 }
 
-/// What CRIU is reading, and how far it has come.
-#[derive(Debug, Default)]
-struct Reading {
-    /// How many pipes are open for an image.
-    open: RefCell<BTreeMap<String, usize>>,
-    /// Grows with every byte that CRIU takes.
-    bytes: Cell<u64>,
-}
-
-impl Reading {
-    fn begin(&self, name: &str) {
-        *self.open.borrow_mut().entry(name.to_owned()).or_default() += 1;
-    }
-
-    fn end(&self, name: &str) {
-        let mut open = self.open.borrow_mut();
-        if let Some(pipes) = open.get_mut(name) {
-            *pipes -= 1;
-            if *pipes == 0 {
-                open.remove(name);
-            }
-        }
-    }
-}
-
 struct Restore<'a> {
     cache: &'a Cache,
     settings: Rc<CacheSettings>,
@@ -286,71 +259,5 @@ async fn claim(cache: &Cache, source: Source) -> Claim {
         }
         // The store is there as long as the cache is.
         let _ = changed.changed().await;
-    }
-}
-
-/// One image on its way into CRIU's pipe.
-///
-/// CRIU holds its pipe's lock while it copies out of it. So the next bytes are looked up in the
-/// memfd meanwhile, into a pipe of our own, and then change pipes at once.
-struct Fill {
-    pipe: PipeWriter,
-    image: Rc<Image>,
-    staging: Pipe,
-    reading: Rc<Reading>,
-    taken: u64,
-}
-
-impl Fill {
-    fn begin(
-        pipe: PipeWriter,
-        image: Rc<Image>,
-        pipe_size: usize,
-        reading: &Rc<Reading>,
-    ) -> io::Result<Fill> {
-        let large = image.len() > DEFAULT_CAPACITY as u64;
-        let capacity = if large { pipe_size } else { DEFAULT_CAPACITY };
-        if large {
-            pipe.grow(capacity);
-        }
-        let staging = Pipe::new(capacity)?;
-        reading.begin(image.name());
-        Ok(Fill { pipe, image, staging, reading: reading.clone(), taken: 0 })
-    }
-
-    /// Returns how many bytes CRIU took: it may close a pipe before its end (it does so for nftables
-    /// images), and that is the image's end.
-    async fn run(mut self) -> u64 {
-        let filled = self.fill().await;
-        let criu_image = self.image.name();
-        self.reading.end(criu_image);
-        match filled {
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
-                tracing::debug!(criu_image, "closed after {} bytes", self.taken);
-            }
-            Err(error) => {
-                tracing::warn!(criu_image, "image {criu_image} cannot be read: {error}");
-            }
-            Ok(()) => {}
-        }
-        self.taken
-    }
-
-    async fn fill(&mut self) -> io::Result<()> {
-        let mut offset = 0;
-        while offset < self.image.len() {
-            let (into, room) = (&self.staging.into, self.staging.capacity());
-            let mut staged = transfer_from_file(self.image.file(), &mut offset, into, room)?;
-            if staged == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            while staged > 0 {
-                let moved = self.pipe.transfer_from(&self.staging, staged).await?;
-                staged -= moved;
-                self.taken += moved as u64;
-                self.reading.bytes.set(self.reading.bytes.get() + moved as u64);
-            }
-        }
-        Ok(())
     }
 }

@@ -2,30 +2,29 @@
 //! acknowledgement.
 
 use std::cell::Cell;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::Instrument;
 
-use crate::config::{ProxySettings, SessionSettings};
+use crate::config::ProxySettings;
 use crate::control::model::SnapshotState;
-use crate::criu::capture::{Capture, Fault, Outcome};
-use crate::criu::stream::{BadRequest, decode_request};
+use crate::criu::capture::{Capture, Outcome};
 use crate::daemon::journal;
-use crate::daemon::sessions::{BadSession, Peer, read_request, receive_descriptor};
+use crate::daemon::sessions::Peer;
 use crate::sys::clock::now_ms;
-use crate::sys::pipe::{DEFAULT_CAPACITY, NotThatEnd, PipeReader};
+use crate::sys::pipe::PipeReader;
 
 use super::Proxy;
-use super::connection::{Chunk, Fate, Upload};
+use super::connection::{Fate, Upload};
+use super::failure::Failure;
+use super::forward::Forward;
 use super::records::Record;
+use super::requests::{Request, Requests};
 
 /// Which snapshot a dump becomes, and where it goes.
 #[derive(Debug, Clone)]
@@ -47,65 +46,6 @@ impl Target {
         let at = now_ms().max(LAST.load(Ordering::Relaxed) + 1);
         LAST.store(at, Ordering::Relaxed);
         Target { id: format!("{host}-{at}-{}", peer.pid), cache, record: None }
-    }
-}
-
-/// Why a dump failed. The peer, the snapshot and the image are in the log line's fields.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    /// CRIU, or what speaks in its place, broke the protocol.
-    #[error("{0}")]
-    Session(#[from] BadSession),
-    /// Its request cannot be understood.
-    #[error("{0}")]
-    Request(#[from] BadRequest),
-    /// It passed no usable descriptor with a request.
-    #[error("image {name}: {cause}")]
-    Descriptor {
-        /// The image.
-        name: String,
-        /// What came instead.
-        cause: BadSession,
-    },
-    /// It broke the protocol's order.
-    #[error("{0}")]
-    Fault(#[from] Fault),
-    /// It passed something else than the read end of a pipe.
-    #[error("image {name}: {cause}")]
-    Pipe {
-        /// The image.
-        name: String,
-        /// What it was.
-        cause: NotThatEnd,
-    },
-    /// It stopped writing an image, or its pipe failed.
-    #[error("image {name}: {cause}")]
-    Image {
-        /// The image.
-        name: String,
-        /// What happened.
-        cause: String,
-    },
-    /// It closed the session before it had written all.
-    #[error("{0}")]
-    Incomplete(String),
-    /// The operator or the end of the daemon stopped it.
-    #[error("{0}")]
-    Stopped(String),
-    /// The cache or the link to it failed.
-    #[error("{0}")]
-    Lost(String),
-}
-
-impl Failure {
-    /// The image that it concerns, if it is one.
-    fn image(&self) -> Option<&str> {
-        match self {
-            Failure::Pipe { name, .. }
-            | Failure::Image { name, .. }
-            | Failure::Fault(Fault::OpenedTwice(name)) => Some(name),
-            _ => None,
-        }
     }
 }
 
@@ -185,9 +125,6 @@ struct Dump<'a> {
     /// When CRIU last wrote to any image.
     written: Rc<Cell<Instant>>,
 }
-
-/// An image that CRIU opens, and the pipe that it passed.
-type Request = Result<(String, OwnedFd), Failure>;
 
 impl Dump<'_> {
     async fn run(&mut self, first: Request, requests: Requests) -> Result<(), Failure> {
@@ -308,104 +245,4 @@ fn lost(fate: Fate) -> Failure {
         Fate::Lost(reason) => reason,
         Fate::Open | Fate::Acknowledged { .. } => "the cache acknowledged it too early".to_owned(),
     })
-}
-
-/// One image on its way from CRIU's pipe to the link.
-struct Forward {
-    upload: Rc<Upload>,
-    image: u32,
-    name: String,
-    pipe: Rc<PipeReader>,
-    record: Rc<Record>,
-    records: Rc<super::records::Records>,
-    /// CRIU keeps images open that it does not write to, while it writes others.
-    written: Rc<Cell<Instant>>,
-    stall_timeout: Duration,
-    pipe_size: usize,
-}
-
-impl Forward {
-    async fn run(self) -> Result<String, Failure> {
-        match self.forward().await {
-            Ok(()) => Ok(self.name),
-            Err(cause) => Err(Failure::Image { name: self.name, cause }),
-        }
-    }
-
-    async fn forward(&self) -> Result<(), String> {
-        let mut grown = false;
-        loop {
-            match timeout(self.stall_timeout, self.pipe.readable()).await {
-                Err(_) if self.written.get().elapsed() < self.stall_timeout => continue,
-                Err(_) => return Err(format!("nothing was written for {:?}", self.stall_timeout)),
-                Ok(ready) => ready.map_err(said)?,
-            }
-            match self.upload.chunk(self.image, &self.pipe).await.map_err(said)? {
-                Chunk::NotYet => {}
-                Chunk::End => break,
-                Chunk::Moved(bytes) => {
-                    self.written.set(Instant::now());
-                    self.record.sent(&self.name, bytes);
-                    self.records.sent(bytes);
-                    // Only the pipes that were full are worth the memory that the kernel grants.
-                    if !grown && bytes >= DEFAULT_CAPACITY as u64 {
-                        self.pipe.grow(self.pipe_size);
-                        grown = true;
-                    }
-                }
-            }
-        }
-        self.record.end_image(&self.name);
-        self.upload.end_image(self.image).await;
-        Ok(())
-    }
-}
-
-#[allow(clippy::needless_pass_by_value)] // for map_err
-fn said(error: io::Error) -> String {
-    error.to_string()
-}
-
-/// The image that a request opens, and the descriptor that comes after it.
-async fn opened(socket: &UnixStream, request: &[u8], patience: Duration) -> Request {
-    let name = decode_request(request)?;
-    match receive_descriptor(socket, patience).await {
-        Ok(descriptor) => Ok((name, descriptor)),
-        Err(cause) => Err(Failure::Descriptor { name, cause }),
-    }
-}
-
-/// CRIU's requests, read by a task of their own so that waiting for the next can be given up at any
-/// point without losing a part of it.
-struct Requests {
-    requests: mpsc::Receiver<Request>,
-    _reader: JoinSet<()>,
-}
-
-impl Requests {
-    fn read_from(mut socket: UnixStream, settings: &SessionSettings) -> Requests {
-        let patience = settings.request_timeout;
-        // A descriptor is only received when its image can be begun.
-        let (sender, requests) = mpsc::channel(1);
-        let mut reader = JoinSet::new();
-        reader.spawn_local(async move {
-            loop {
-                let request = match read_request(&mut socket, patience).await {
-                    Ok(None) => return,
-                    Ok(Some(request)) => opened(&socket, &request, patience).await,
-                    Err(error) => Err(error.into()),
-                };
-                let over = request.is_err();
-                if sender.send(request).await.is_err() || over {
-                    return;
-                }
-            }
-        });
-        Requests { requests, _reader: reader }
-    }
-
-    /// The next request with its descriptor; `None` when CRIU has closed the socket.
-    async fn next(&mut self) -> Option<Request> {
-        self.requests.recv().await
-    }
 }

@@ -1,6 +1,7 @@
 //! The source host: CRIU's dumps come in over unix sockets, the link to a cache goes out.
 //!
-//! - [`dump`]: one CRIU run, as a list of phases.
+//! - [`dump`]: one CRIU run, as a list of phases; `requests` and `forward` are its ends, towards
+//!   CRIU's socket and from CRIU's pipes.
 //! - [`link`]: the links to caches, made when there is something to send.
 //! - [`connection`]: a link that is up, and the snapshots that share it.
 //! - [`records`]: what was sent, for `criu-imagectl` and the status line.
@@ -11,6 +12,9 @@ pub mod link;
 pub mod records;
 
 mod control;
+mod failure;
+mod forward;
+mod requests;
 
 use std::cell::RefCell;
 use std::io;

@@ -12,6 +12,7 @@
 //! bytes back and keeps its reason.
 
 mod check;
+mod claim;
 mod image;
 mod quota;
 mod snapshot;
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+pub use claim::{Claim, Unavailable};
 pub use image::Image;
 pub use quota::{Charge, Exhausted, Quota};
 pub use snapshot::{Counts, Images, Snapshot, State};
@@ -77,22 +79,6 @@ pub enum Refused {
         /// What the kernel said.
         cause: rustix::io::Errno,
     },
-}
-
-/// Why a restore does not get a snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unavailable {
-    /// It is damaged.
-    #[error("snapshot {id} is damaged: {reason}")]
-    Damaged {
-        /// Its id.
-        id: String,
-        /// What happened to it.
-        reason: String,
-    },
-    /// It was dropped while the restore waited.
-    #[error("the snapshot was dropped")]
-    Dropped,
 }
 
 impl Store {
@@ -327,57 +313,6 @@ impl Store {
             change(snapshot);
         }
         self.changed.send_replace(());
-    }
-}
-
-/// A restore's hold on a snapshot: no other restore is given it unasked.
-#[derive(Debug)]
-pub struct Claim {
-    store: Rc<Store>,
-    key: Key,
-}
-
-impl Claim {
-    /// The snapshot's id, while it is listed.
-    pub fn id(&self) -> Option<String> {
-        self.store.snapshots.borrow().get(&self.key).map(|snapshot| snapshot.id.clone())
-    }
-
-    /// Waits until the snapshot is whole, and gives its images; or tells at once why it never will
-    /// be.
-    pub async fn images(&self) -> Result<Rc<Images>, Unavailable> {
-        let mut changed = self.store.watch();
-        loop {
-            match self.store.snapshots.borrow().get(&self.key) {
-                None => return Err(Unavailable::Dropped),
-                Some(snapshot) => match &snapshot.state {
-                    State::Whole(images) | State::Taken(images) => return Ok(images.clone()),
-                    State::Damaged { reason, .. } => {
-                        let (id, reason) = (snapshot.id.clone(), reason.clone());
-                        return Err(Unavailable::Damaged { id, reason });
-                    }
-                    State::Awaited | State::Receiving(_) => {}
-                },
-            }
-            // The store outlives its claims, so the sender is there.
-            let _ = changed.changed().await;
-        }
-    }
-
-    /// The restore has read the snapshot.
-    pub fn taken(&self) {
-        self.store.update(self.key, |snapshot| {
-            if let State::Whole(images) | State::Taken(images) = &snapshot.state {
-                let images = images.clone();
-                snapshot.take(images);
-            }
-        });
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.store.update(self.key, |snapshot| snapshot.restores -= 1);
     }
 }
 

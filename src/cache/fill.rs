@@ -1,0 +1,103 @@
+//! One image of a restore, from its memfd into CRIU's pipe.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+use crate::store::Image;
+use crate::sys::pipe::{DEFAULT_CAPACITY, Pipe, PipeWriter, transfer_from_file};
+
+/// What CRIU is reading, and how far it has come.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// How many pipes are open for an image.
+    pub(super) open: RefCell<BTreeMap<String, usize>>,
+    /// Grows with every byte that CRIU takes.
+    pub(super) bytes: Cell<u64>,
+}
+
+impl Reading {
+    fn begin(&self, name: &str) {
+        *self.open.borrow_mut().entry(name.to_owned()).or_default() += 1;
+    }
+
+    fn end(&self, name: &str) {
+        let mut open = self.open.borrow_mut();
+        if let Some(pipes) = open.get_mut(name) {
+            *pipes -= 1;
+            if *pipes == 0 {
+                open.remove(name);
+            }
+        }
+    }
+}
+
+/// One image on its way into CRIU's pipe.
+///
+/// CRIU holds its pipe's lock while it copies out of it. So the next bytes are looked up in the
+/// memfd meanwhile, into a pipe of our own, and then change pipes at once.
+pub(super) struct Fill {
+    pipe: PipeWriter,
+    image: Rc<Image>,
+    staging: Pipe,
+    reading: Rc<Reading>,
+    taken: u64,
+}
+
+impl Fill {
+    /// Makes ready to serve an image.
+    pub(super) fn begin(
+        pipe: PipeWriter,
+        image: Rc<Image>,
+        pipe_size: usize,
+        reading: &Rc<Reading>,
+    ) -> io::Result<Fill> {
+        let large = image.len() > DEFAULT_CAPACITY as u64;
+        let capacity = if large { pipe_size } else { DEFAULT_CAPACITY };
+        if large {
+            pipe.grow(capacity);
+        }
+        let staging = Pipe::new(capacity)?;
+        reading.begin(image.name());
+        Ok(Fill { pipe, image, staging, reading: reading.clone(), taken: 0 })
+    }
+
+    /// Returns how many bytes CRIU took: it may close a pipe before its end (it does so for nftables
+    /// images), and that is the image's end.
+    pub(super) async fn run(mut self) -> u64 {
+        let filled = self.fill().await;
+        let criu_image = self.image.name();
+        self.reading.end(criu_image);
+        match filled {
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
+                tracing::debug!(criu_image, "closed after {} bytes", self.taken);
+            }
+            Err(error) => {
+                tracing::warn!(criu_image, "image {criu_image} cannot be read: {error}");
+            }
+            Ok(()) => {}
+        }
+        self.taken
+    }
+
+    async fn fill(&mut self) -> io::Result<()> {
+        let mut offset = 0;
+        while offset < self.image.len() {
+            let (into, room) = (&self.staging.into, self.staging.capacity());
+            let mut staged = transfer_from_file(self.image.file(), &mut offset, into, room)?;
+            if staged == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            while staged > 0 {
+                let moved = self.pipe.transfer_from(&self.staging, staged).await?;
+                staged -= moved;
+                self.taken += moved as u64;
+                self.reading.bytes.set(self.reading.bytes.get() + moved as u64);
+            }
+        }
+        Ok(())
+    }
+}

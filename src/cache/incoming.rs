@@ -1,0 +1,232 @@
+//! What comes on a link: snapshots in any interleaving, into the store.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::Cache;
+use super::link::Over;
+use crate::daemon::journal;
+use crate::daemon::sessions::Session;
+use crate::store::{Image, Key, Store};
+use crate::wire::lane::{LaneError, Reader};
+use crate::wire::message::{Message, SnapshotAck};
+use crate::wire::receiver::{Action, Limits, Receiver};
+
+/// The incoming direction.
+pub(super) struct Incoming<'a> {
+    cache: &'a Cache,
+    store: &'a Store,
+    peer: &'a str,
+    receiver: Receiver,
+    snapshots: HashMap<u32, Arriving>,
+    replies: mpsc::Sender<Message>,
+    /// Whether an answer had to be left out: the peer does not read.
+    deaf: bool,
+}
+
+/// A snapshot under way.
+struct Arriving {
+    id: String,
+    key: Key,
+    images: HashMap<u32, Rc<Image>>,
+    started: Instant,
+    _busy: Session,
+}
+
+impl<'a> Incoming<'a> {
+    /// Nothing has come yet. `replies` takes what the peer is to be told.
+    pub(super) fn new(
+        cache: &'a Cache,
+        peer: &'a str,
+        limits: Limits,
+        replies: mpsc::Sender<Message>,
+    ) -> Incoming<'a> {
+        let receiver = Receiver::new(limits);
+        let (store, snapshots) = (&*cache.store, HashMap::new());
+        Incoming { cache, store, peer, receiver, snapshots, replies, deaf: false }
+    }
+
+    /// Receives until the link is over; says why it is.
+    pub(super) async fn receive(&mut self, mut reader: Reader) -> Over {
+        loop {
+            let received = match reader.receive().await {
+                Ok(received) => received,
+                Err(error) => return error.into(),
+            };
+            if let Err(over) = self.act(&mut reader, received).await {
+                return over;
+            }
+            if self.deaf {
+                return Over::Refused("it leaves too many answers unread".to_owned());
+            }
+        }
+    }
+
+    async fn act(
+        &mut self,
+        reader: &mut Reader,
+        (message, len): (Message, usize),
+    ) -> Result<(), Over> {
+        match self.receiver.receive(message, len)? {
+            Action::Nothing => {}
+            Action::Begin { snapshot, id } => self.begin(snapshot, id),
+            Action::BeginImage { snapshot, image, name } => {
+                self.begin_image(snapshot, image, &name);
+            }
+            Action::Append { snapshot, image } => {
+                return self.append(reader, snapshot, image, len).await;
+            }
+            Action::Discard => reader.discard(len).await?,
+            Action::EndImage { snapshot, image } => {
+                let arriving = self.snapshots.get_mut(&snapshot);
+                if let Some(image) = arriving.and_then(|arriving| arriving.images.remove(&image)) {
+                    image.end();
+                }
+            }
+            Action::Complete { snapshot, images, bytes } => self.complete(snapshot, images, bytes),
+            Action::Damaged { snapshot, reason, by_peer } => {
+                self.fail(snapshot, &reason, !by_peer);
+            }
+            Action::Goodbye(reason) => return Err(Over::Goodbye(reason)),
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, snapshot: u32, id: String) {
+        match self.store.begin(&id, self.peer) {
+            Ok(key) => {
+                let (images, started) = (HashMap::new(), Instant::now());
+                let busy = self.cache.links.busy.enter();
+                let arriving = Arriving { id, key, images, started, _busy: busy };
+                self.snapshots.insert(snapshot, arriving);
+            }
+            Err(refused) => {
+                let message_id = journal::SNAPSHOT_DAMAGED;
+                tracing::warn!(
+                    message_id,
+                    criu_snapshot = id,
+                    "snapshot {id} is refused: {refused}"
+                );
+                self.give_up(snapshot, &refused.to_string());
+            }
+        }
+    }
+
+    fn begin_image(&mut self, snapshot: u32, image: u32, name: &str) {
+        let Some(arriving) = self.snapshots.get_mut(&snapshot) else { return };
+        match self.store.begin_image(arriving.key, name) {
+            Ok(begun) => drop(arriving.images.insert(image, begun)),
+            Err(refused) => self.fail(snapshot, &refused.to_string(), true),
+        }
+    }
+
+    /// Payload: charged, then spliced into the image's memfd.
+    async fn append(
+        &mut self,
+        reader: &mut Reader,
+        snapshot: u32,
+        image: u32,
+        len: usize,
+    ) -> Result<(), Over> {
+        let image = self.snapshots.get(&snapshot).and_then(|arriving| {
+            self.store.is_receiving(arriving.key).then(|| arriving.images.get(&image)).flatten()
+        });
+        let (Some(image), Some(arriving)) = (image.cloned(), self.snapshots.get(&snapshot)) else {
+            self.fail(snapshot, "it was dropped by the operator", true);
+            return Ok(reader.discard(len).await?);
+        };
+        // While it waits for room, nobody else looks whether it is still wanted, and still comes.
+        let charged = tokio::select! {
+            biased;
+            charged = self.store.charge(arriving.key, &image, len as u64) => {
+                charged.map_err(|exhausted| format!("image {}: {exhausted}", image.name()))
+            }
+            () = self.store.gone(arriving.key) => Err("it was dropped by the operator".to_owned()),
+            () = reader.hung_up() => return Err(LaneError::Torn.into()),
+        };
+        if let Err(reason) = charged {
+            self.fail(snapshot, &reason, true);
+            return Ok(reader.discard(len).await?);
+        }
+        let mut offset = image.len();
+        reader.payload_to_file(image.as_fd(), &mut offset, len).await?;
+        image.grown_to(offset);
+        self.store.received(len as u64);
+        Ok(())
+    }
+
+    fn complete(&mut self, snapshot: u32, images: u64, bytes: u64) {
+        let Some(arriving) = self.snapshots.remove(&snapshot) else { return };
+        let Arriving { id, key, started, .. } = arriving;
+        let seconds = started.elapsed().as_secs_f64();
+        match self.store.complete(key) {
+            Ok(_) => {
+                tracing::info!(
+                    message_id = journal::SNAPSHOT_WHOLE,
+                    criu_snapshot = id,
+                    criu_bytes = bytes,
+                    criu_images = images,
+                    criu_seconds = seconds,
+                    "snapshot {id} is whole: {bytes} bytes in {images} images, {seconds:.2} s"
+                );
+                let ack = SnapshotAck { snapshot, images, bytes };
+                self.answer(Message::SnapshotAck(ack));
+            }
+            Err(reason) => {
+                self.tell_damaged(&id, &reason);
+                self.give_up(snapshot, &reason);
+            }
+        }
+    }
+
+    /// A snapshot under way is damaged; the peer is told unless it said so itself.
+    fn fail(&mut self, snapshot: u32, reason: &str, tell: bool) {
+        if let Some(arriving) = self.snapshots.remove(&snapshot) {
+            self.store.fail(arriving.key, reason);
+            self.tell_damaged(&arriving.id, reason);
+        } else {
+            let message_id = journal::SNAPSHOT_DAMAGED;
+            tracing::warn!(
+                message_id,
+                "snapshot number {snapshot} from {} is refused: {reason}",
+                self.peer
+            );
+        }
+        if tell {
+            self.give_up(snapshot, reason);
+        }
+    }
+
+    fn give_up(&mut self, snapshot: u32, reason: &str) {
+        self.receiver.give_up(snapshot);
+        self.answer(Message::abort(snapshot, reason));
+    }
+
+    fn answer(&mut self, answer: Message) {
+        self.deaf |= self.replies.try_send(answer).is_err();
+    }
+
+    fn tell_damaged(&self, id: &str, reason: &str) {
+        let message_id = journal::SNAPSHOT_DAMAGED;
+        let criu_snapshot = id;
+        tracing::warn!(
+            message_id,
+            criu_snapshot,
+            "snapshot {id} from {} damaged: {reason}",
+            self.peer
+        );
+    }
+
+    /// The link is over: what was under way is damaged. Returns how many snapshots that were.
+    pub(super) fn abandon(&mut self, reason: &str) -> usize {
+        let under_way: Vec<u32> = self.snapshots.keys().copied().collect();
+        for snapshot in &under_way {
+            self.fail(*snapshot, reason, false);
+        }
+        under_way.len()
+    }
+}

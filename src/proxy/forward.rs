@@ -1,0 +1,70 @@
+//! One image of a dump, from CRIU's pipe to the link.
+
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout;
+
+use super::connection::{Chunk, Upload};
+use super::failure::Failure;
+use super::records::{Record, Records};
+use crate::sys::pipe::{DEFAULT_CAPACITY, PipeReader};
+
+/// One image on its way.
+pub(super) struct Forward {
+    pub(super) upload: Rc<Upload>,
+    pub(super) image: u32,
+    pub(super) name: String,
+    pub(super) pipe: Rc<PipeReader>,
+    pub(super) record: Rc<Record>,
+    pub(super) records: Rc<Records>,
+    /// CRIU keeps images open that it does not write to, while it writes others.
+    pub(super) written: Rc<Cell<Instant>>,
+    pub(super) stall_timeout: Duration,
+    pub(super) pipe_size: usize,
+}
+
+impl Forward {
+    /// Forwards until the image has ended; returns its name.
+    pub(super) async fn run(self) -> Result<String, Failure> {
+        match self.forward().await {
+            Ok(()) => Ok(self.name),
+            Err(cause) => Err(Failure::Image { name: self.name, cause }),
+        }
+    }
+
+    async fn forward(&self) -> Result<(), String> {
+        let mut grown = false;
+        loop {
+            match timeout(self.stall_timeout, self.pipe.readable()).await {
+                Err(_) if self.written.get().elapsed() < self.stall_timeout => continue,
+                Err(_) => return Err(format!("nothing was written for {:?}", self.stall_timeout)),
+                Ok(ready) => ready.map_err(said)?,
+            }
+            match self.upload.chunk(self.image, &self.pipe).await.map_err(said)? {
+                Chunk::NotYet => {}
+                Chunk::End => break,
+                Chunk::Moved(bytes) => {
+                    self.written.set(Instant::now());
+                    self.record.sent(&self.name, bytes);
+                    self.records.sent(bytes);
+                    // Only the pipes that were full are worth the memory that the kernel grants.
+                    if !grown && bytes >= DEFAULT_CAPACITY as u64 {
+                        self.pipe.grow(self.pipe_size);
+                        grown = true;
+                    }
+                }
+            }
+        }
+        self.record.end_image(&self.name);
+        self.upload.end_image(self.image).await;
+        Ok(())
+    }
+}
+
+#[allow(clippy::needless_pass_by_value)] // for map_err
+fn said(error: io::Error) -> String {
+    error.to_string()
+}
