@@ -188,14 +188,15 @@ async fn attempt(
     limit: Duration,
 ) -> Result<(Reader, Writer, String), String> {
     let in_time = async {
-        let address = resolve(destination).await?;
-        if !address.ip().is_loopback() && !settings.insecure {
+        let mut addresses = resolve(destination).await?;
+        addresses.retain(|address| settings.insecure || address.ip().is_loopback());
+        if addresses.is_empty() {
             return Err(format!(
-                "{address} is not a loopback address and the link is plaintext: set \
+                "{destination} is not a loopback address and the link is plaintext: set \
                  `insecure = true` to allow it on a network that you trust"
             ));
         }
-        let stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
+        let stream = TcpStream::connect(&addresses[..]).await.map_err(|error| error.to_string())?;
         let capacity = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
         let patience = settings.link.keep_alive * SILENT_INTERVALS;
         let (mut reader, mut writer) =
@@ -206,10 +207,11 @@ async fn attempt(
     timeout(limit, in_time).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
 }
 
-async fn resolve(destination: &str) -> Result<SocketAddr, String> {
-    let unknown = |why: &dyn std::fmt::Display| format!("{destination} cannot be resolved: {why}");
-    let mut addresses = lookup_host(destination).await.map_err(|error| unknown(&error))?;
-    addresses.next().ok_or_else(|| unknown(&"it has no address"))
+async fn resolve(destination: &str) -> Result<Vec<SocketAddr>, String> {
+    match lookup_host(destination).await {
+        Ok(addresses) => Ok(addresses.collect()),
+        Err(error) => Err(format!("{destination} cannot be resolved: {error}")),
+    }
 }
 
 async fn shake_hands(

@@ -105,3 +105,23 @@ fn twenty_processes_dumped_at_once_each_from_a_directory_of_its_own() {
     assert!(list.iter().all(|snapshot| snapshot["state"] == "taken"), "{list:?}");
     assert_no_image_files(&bed);
 }
+
+#[test]
+fn a_process_with_a_network_namespace_of_its_own_moves() {
+    let bed = Bed::up();
+    // Its images are raw dumps of ip and iptables beside the records, and some CRIU closes unread.
+    let unit = ["systemd-run", "--unit=netns", "-p", "Type=exec", "-p", "StandardInput=null"];
+    let quiet = ["-p", "StandardOutput=null", "-p", "StandardError=null", "unshare", "--net"];
+    let workload = ["workload", "--mib", "8", "--out", "/tmp/workload-netns.json"];
+    bed.ok(Host::A, &[&unit[..], &quiet, &workload].concat());
+    wait_until("the workload is ready", || {
+        bed.run(Host::A, &["test", "-e", "/tmp/workload-netns.json"]).status.success()
+    });
+    let pid = bed.ok(Host::A, &["systemctl", "show", "-P", "MainPID", "netns"]).trim().to_owned();
+    let before = bed.ask(Host::A, "netns", &pid);
+    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    let images = bed.ctl(Host::B, &["show", bed.list(Host::B)[0]["id"].as_str().unwrap()]);
+    assert!(images.to_string().contains("route-"), "{images}");
+    bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
+    assert_eq!(bed.ask(Host::B, "netns", &pid).checksum, before.checksum);
+}

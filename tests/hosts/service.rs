@@ -34,6 +34,8 @@ fn the_status_line_and_the_journal_tell_the_story_of_a_snapshot() {
     let bed = Bed::up();
     migrate(&bed, "web");
     let id = bed.list(Host::A)[0]["id"].as_str().unwrap().to_owned();
+    assert_eq!(bed.ctl(Host::A, &["wait", &id])["state"], "whole");
+    assert_eq!(bed.ctl(Host::B, &["wait", &id, "--for", "taken"])["state"], "taken");
     for (host, line) in [(Host::A, "1 sent"), (Host::B, "1 taken")] {
         wait_until("the status line is up to date", || {
             bed.ok(host, &["systemctl", "status", host.daemon()]).contains(line)
