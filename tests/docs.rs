@@ -1,0 +1,194 @@
+//! Holds the pages of `docs/` against the code: options, message ids, keys, links, and the bytes of
+//! every message.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use criu_image_relay::criu::stream::{encode_reply, encode_request};
+use criu_image_relay::wire::frame::{HEADER_LEN, Header, check_preface};
+use criu_image_relay::wire::message::Message;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = root().join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The pages of `docs/`, and those of the repository's root.
+fn pages() -> Vec<PathBuf> {
+    let docs = fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let mut pages: Vec<_> =
+        docs.filter(|path| path.extension().is_some_and(|x| x == "md")).collect();
+    pages.extend(["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(|name| root().join(name)));
+    pages
+}
+
+fn help(binary: &str, arguments: &[&str]) -> String {
+    let output = Command::new(binary).args(arguments).arg("--help").output().unwrap();
+    assert!(output.status.success(), "{binary} {arguments:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The options that a help text lists, by their long names.
+fn options(help: &str) -> BTreeSet<String> {
+    let listed = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+    let long =
+        listed.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));
+    long.map(|word| word.trim_end_matches('.').to_owned()).collect()
+}
+
+/// The text below a heading, up to the next one.
+fn section<'a>(page: &'a str, heading: &str) -> &'a str {
+    let start = page.find(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("no {heading:?}"));
+    let body = &page[start + heading.len() + 2..];
+    &body[..body.find("\n#").unwrap_or(body.len())]
+}
+
+/// The options that stand in the first column of a section's tables.
+fn documented(section: &str) -> BTreeSet<String> {
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `-"));
+    let cells = rows.map(|row| format!("-{}", row.split('|').next().unwrap()).replace('`', ""));
+    let long =
+        |cell: String| cell.split([' ', ',']).find(|word| word.starts_with("--")).map(Into::into);
+    cells.filter_map(long).collect()
+}
+
+#[test]
+fn every_option_and_command_stands_in_the_page_of_commands() {
+    let page = read("docs/cli.md");
+    let daemons = documented(section(&page, "## criu-image-proxy and criu-image-cache"));
+    for daemon in [env!("CARGO_BIN_EXE_criu-image-proxy"), env!("CARGO_BIN_EXE_criu-image-cache")] {
+        assert_eq!(options(&help(daemon, &[])), daemons, "{daemon}");
+    }
+    let ctl = env!("CARGO_BIN_EXE_criu-imagectl");
+    let overview = help(ctl, &[]);
+    let common = documented(section(&page, "### Options of every command"));
+    assert_eq!(options(&overview), common);
+    let commands = overview.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    for command in commands.lines().map(|line| line.split_whitespace().next().unwrap()) {
+        let own = documented(section(&page, &format!("### criu-imagectl {command}")));
+        if command != "help" {
+            let all = options(&help(ctl, &[command]));
+            let own_by_help: BTreeSet<_> = all.difference(&common).cloned().collect();
+            assert_eq!(own_by_help, own, "criu-imagectl {command}");
+        }
+    }
+}
+
+#[test]
+fn every_message_id_stands_in_the_page_of_operations() {
+    let (code, page) = (read("src/daemon/journal.rs"), read("docs/operations.md"));
+    let constants = code.lines().filter_map(|line| line.strip_prefix("pub const "));
+    let mut found = 0;
+    for constant in constants {
+        let name = constant.split(':').next().unwrap();
+        let id = constant.split('"').nth(1).unwrap();
+        assert!(page.contains(&format!("| `{id}` | {name}")), "{name} {id}");
+        found += 1;
+    }
+    assert_eq!(page.matches("\n| `3f2a7d4b").count(), found);
+}
+
+#[test]
+fn every_key_that_the_pages_name_with_its_table_exists() {
+    let mut keys = BTreeSet::new();
+    for file in ["config/proxy.toml", "config/cache.toml"] {
+        let (text, mut table) = (read(file), "");
+        for line in text.lines() {
+            if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+                table = name;
+            } else if let Some((key, _)) = line.strip_prefix('#').and_then(|l| l.split_once(" = "))
+            {
+                keys.insert(format!("{table}.{key}"));
+            }
+        }
+    }
+    for page in pages() {
+        for word in read(&page).split('`').skip(1).step_by(2) {
+            let table = word.split_once('.').map_or("", |(table, _)| table);
+            let named = ["link", "sessions", "store", "log"].contains(&table)
+                && word.bytes().all(|b| b.is_ascii_lowercase() || b == b'-' || b == b'.')
+                && !["link.rs", "link.proto"].contains(&word);
+            assert!(!named || keys.contains(word), "{}: {word}", page.display());
+        }
+    }
+}
+
+/// A heading as a link names it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    for page in pages() {
+        let text = read(&page);
+        let links = text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap());
+        for link in links.filter(|link| !link.contains("://")) {
+            let (path, name) = link.split_once('#').unwrap_or((link, ""));
+            let target =
+                if path.is_empty() { page.clone() } else { page.parent().unwrap().join(path) };
+            assert!(target.exists(), "{}: {link}", page.display());
+            let there = || read(&target).lines().any(|l| l.starts_with('#') && anchor(l) == name);
+            assert!(name.is_empty() || there(), "{}: {link}", page.display());
+        }
+    }
+}
+
+/// The blocks of the protocol page that are marked as `kind`: what they say, and their bytes.
+fn blocks(kind: &str) -> Vec<(String, Vec<u8>)> {
+    let page = read("docs/protocol.md");
+    let mark = format!("\n```{kind}\n");
+    let marked = page.split(&mark).skip(1);
+    let parse = |block: &str| {
+        let (said, hex) = block.split("\n```").next().unwrap().split_once('\n').unwrap();
+        let bytes = hex.split_whitespace().map(|byte| u8::from_str_radix(byte, 16).unwrap());
+        (said.to_owned(), bytes.collect())
+    };
+    marked.map(parse).collect()
+}
+
+/// A message as the page writes it: the name of its kind, its fields, the length of its payload.
+fn written(message: &Message, payload_len: usize) -> String {
+    let debug = format!("{message:?}");
+    let fields = debug.find('{').map_or("", |start| &debug[start..debug.len() - 1]);
+    let payload = if payload_len > 0 { format!("+ {payload_len}") } else { String::new() };
+    format!("{} {fields} {payload}", message.kind().as_str_name()).trim_end().to_owned()
+}
+
+#[test]
+fn the_frames_decode_to_what_the_page_says() {
+    let mut kinds = BTreeMap::new();
+    for (said, bytes) in blocks("frame") {
+        let header = Header::decode(bytes[..HEADER_LEN].try_into().unwrap()).unwrap();
+        assert_eq!(header.message_len, bytes.len() - HEADER_LEN, "{said}");
+        let message = Message::decode(header, &bytes[HEADER_LEN..]).unwrap();
+        assert_eq!(written(&message, header.payload_len), said);
+        assert_eq!(message.encode(header.payload_len), bytes, "{said}");
+        kinds.insert(header.kind, said);
+    }
+    assert!(kinds.into_keys().eq(1..=11), "one block for each kind");
+}
+
+#[test]
+fn the_preface_and_crius_messages_are_what_the_page_says() {
+    let [(_, preface)] = &blocks("preface")[..] else { panic!("one preface") };
+    assert_eq!(check_preface(preface[..].try_into().unwrap()), Ok(()));
+    let messages = blocks("criu");
+    assert_eq!(messages.len(), 3);
+    for (said, bytes) in messages {
+        let encoded = match said.split_once(' ').unwrap() {
+            ("request", name) => encode_request(name),
+            (_, exists) => encode_reply(exists == "true"),
+        };
+        assert_eq!(encoded, bytes, "{said}");
+    }
+}
