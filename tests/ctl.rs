@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use criu_image_relay::control::model::{Image, Role, Snapshot, SnapshotState, Status};
-use criu_image_relay::control::{Backend, Open, Refusal, serve};
+use criu_image_relay::control::{Backend, Open, Reading, Refusal, serve};
 use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
 use criu_image_relay::daemon::sessions::admit;
 use criu_image_relay::sys::scm::receive_descriptor;
@@ -315,7 +315,7 @@ fn a_directory_is_pushed_and_extracted_unchanged() {
     };
     assert_eq!(fs::read_dir(&to).unwrap().map(read).collect::<BTreeMap<_, _>>(), images);
     assert_eq!(fs::metadata(&to).unwrap().permissions().mode() & 0o777, 0o700);
-    assert!(!cache.opened.lock().unwrap()[0].take);
+    assert_eq!(cache.opened.lock().unwrap()[0].reading, Reading::Look);
 
     cache.ctl(&["extract", utf8(&to)]).exits(1).complains("is there already");
     fs::write(to.join("core-7.img"), "other").unwrap();
@@ -416,8 +416,12 @@ fn a_socket_is_opened_in_a_directory() {
     let opened = proxy.ctl(&["open", utf8(&dir), "--to", "hostb:1"]).exits(0);
     let command = format!("criu dump --stream -D {} -t PID\n", utf8(&dir.canonicalize().unwrap()));
     assert_eq!(opened.out(), command);
-    let expected =
-        Open { id: "web".to_owned(), to: Some("hostb:1".to_owned()), take: true, listening: true };
+    let expected = Open {
+        id: "web".to_owned(),
+        to: Some("hostb:1".to_owned()),
+        reading: Reading::Take,
+        listening: true,
+    };
     assert_eq!(*proxy.opened.lock().unwrap(), [expected]);
     let socket = dir.join("streamer-capture.sock");
     assert_eq!(fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);

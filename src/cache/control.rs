@@ -3,12 +3,13 @@
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
 
 use super::restore::{self, Source};
 use super::{Cache, StateCounts};
 use crate::control::model::{self, LinkStatus, Role, SnapshotState, Status};
-use crate::control::{Backend, Open, Refusal};
+use crate::control::{Backend, Open, Reading, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Socket;
 use crate::daemon::journal;
@@ -79,39 +80,55 @@ impl Backend for Control {
         let cache = self.0.clone();
         let socket = Socket::from(request.listening, socket)
             .map_err(|error| Refusal::Refused(format!("the socket cannot be used: {error}")))?;
-        let key = cache.store.expect(&request.id);
-        let source = Source::Named { key, take: request.take };
-        if request.listening && request.take {
-            cache.store.reserve(key);
-        }
-        tokio::task::spawn_local(async move {
-            match socket {
-                Socket::Connected(socket) => {
-                    if let Some(peer) = cache.admit(&socket) {
-                        restore::serve(&cache, socket, peer, source).await;
-                    }
-                }
-                Socket::Listening(listener) => listen(&cache, &listener, key, source).await,
+        let (key, source) = if request.reading == Reading::Look {
+            let key = cache.store.key_of(&request.id).ok_or(Refusal::NoSuchSnapshot)?;
+            (key, Source::Look(key))
+        } else {
+            let again = request.reading == Reading::TakeAgain;
+            let expected = cache.store.expect(&request.id, again);
+            let key = expected.map_err(|refused| Refusal::Refused(refused.to_string()))?;
+            if request.listening {
+                cache.store.reserve(key);
             }
-        });
+            (key, Source::Named(key))
+        };
+        match socket {
+            Socket::Connected(socket) => {
+                tokio::task::spawn_local(serve(cache, socket, source));
+            }
+            Socket::Listening(listener) => {
+                self.0.listeners.start(listen(cache, listener, key, source));
+            }
+        }
         Ok(())
     }
 }
 
-/// Serves an opened directory until its snapshot is gone: a restore that failed may be tried again.
-async fn listen(cache: &Rc<Cache>, listener: &UnixListener, key: Key, source: Source) {
+async fn serve(cache: Rc<Cache>, socket: UnixStream, source: Source) -> bool {
+    match cache.admit(&socket) {
+        Some(peer) => restore::serve(&cache, socket, peer, source).await,
+        None => false,
+    }
+}
+
+/// Serves an opened directory until a restore has taken its snapshot, or it is gone: one that failed
+/// before may be tried again, and one that comes later is not given what another has taken.
+async fn listen(cache: Rc<Cache>, listener: UnixListener, key: Key, source: Source) {
     let accept = async || Ok(listener.accept().await?.0);
+    let taken = Rc::new(Notify::new());
     loop {
         let socket = tokio::select! {
             socket = accept_one("an opened directory", &accept) => socket,
+            () = taken.notified() => return,
             () = cache.store.gone(key) => return,
         };
-        if let Some(peer) = cache.admit(&socket) {
-            let cache = cache.clone();
-            tokio::task::spawn_local(async move {
-                restore::serve(&cache, socket, peer, source).await;
-            });
-        }
+        let (cache, taken) = (cache.clone(), taken.clone());
+        // A task of its own: a restore goes on when the daemon stops to listen.
+        tokio::task::spawn_local(async move {
+            if serve(cache, socket, source).await {
+                taken.notify_one();
+            }
+        });
     }
 }
 

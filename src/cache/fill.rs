@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use rustix::io::Errno;
 
+use super::restore::Failure;
 use crate::store::Image;
 use crate::sys::pipe::{DEFAULT_CAPACITY, Pipe, PipeWriter, transfer_from_file};
 
@@ -67,20 +68,18 @@ impl Fill {
 
     /// Returns how many bytes CRIU took: it may close a pipe before its end (it does so for nftables
     /// images), and that is the image's end.
-    pub(super) async fn run(mut self) -> u64 {
+    pub(super) async fn run(mut self) -> Result<u64, Failure> {
         let filled = self.fill().await;
-        let criu_image = self.image.name();
-        self.reading.end(criu_image);
+        let name = self.image.name();
+        self.reading.end(name);
         match filled {
             Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
-                tracing::debug!(criu_image, "closed after {} bytes", self.taken);
+                tracing::debug!(criu_image = name, "closed after {} bytes", self.taken);
             }
-            Err(error) => {
-                tracing::warn!(criu_image, "image {criu_image} cannot be read: {error}");
-            }
+            Err(cause) => return Err(Failure::Image { name: name.to_owned(), cause }),
             Ok(()) => {}
         }
-        self.taken
+        Ok(self.taken)
     }
 
     async fn fill(&mut self) -> io::Result<()> {

@@ -16,6 +16,9 @@ use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{Message, SnapshotAck};
 use crate::wire::receiver::{Action, Limits, Receiver};
 
+/// Why a snapshot ends that is not listed any more.
+const DROPPED: &str = "it was dropped by the operator";
+
 /// The incoming direction.
 pub(super) struct Incoming<'a> {
     cache: &'a Cache,
@@ -75,7 +78,7 @@ impl<'a> Incoming<'a> {
             Action::Nothing => {}
             Action::Begin { snapshot, id } => self.begin(snapshot, id),
             Action::BeginImage { snapshot, image, name } => {
-                self.begin_image(snapshot, image, &name);
+                self.begin_image(reader, snapshot, image, &name).await?;
             }
             Action::Append { snapshot, image } => {
                 return self.append(reader, snapshot, image, len).await;
@@ -116,11 +119,45 @@ impl<'a> Incoming<'a> {
         }
     }
 
-    fn begin_image(&mut self, snapshot: u32, image: u32, name: &str) {
-        let Some(arriving) = self.snapshots.get_mut(&snapshot) else { return };
-        match self.store.begin_image(arriving.key, name) {
-            Ok(begun) => drop(arriving.images.insert(image, begun)),
-            Err(refused) => self.fail(snapshot, &refused.to_string(), true),
+    async fn begin_image(
+        &mut self,
+        reader: &Reader,
+        snapshot: u32,
+        image: u32,
+        name: &str,
+    ) -> Result<(), Over> {
+        let Some(arriving) = self.snapshots.get_mut(&snapshot) else { return Ok(()) };
+        let key = arriving.key;
+        let begun = match self.store.begin_image(key, name) {
+            Ok(begun) => begun,
+            Err(refused) => {
+                self.fail(snapshot, &refused.to_string(), true);
+                return Ok(());
+            }
+        };
+        arriving.images.insert(image, begun.clone());
+        if let Err(reason) = self.charge(reader, key, &begun, 0).await? {
+            self.fail(snapshot, &reason, true);
+        }
+        Ok(())
+    }
+
+    /// Charges an image. While it waits for room, nobody else looks whether the snapshot is still
+    /// wanted, and still comes. The inner error is why the snapshot is damaged.
+    async fn charge(
+        &self,
+        reader: &Reader,
+        key: Key,
+        image: &Image,
+        more: u64,
+    ) -> Result<Result<(), String>, Over> {
+        tokio::select! {
+            biased;
+            charged = self.store.charge(key, image, more) => {
+                Ok(charged.map_err(|exhausted| format!("image {}: {exhausted}", image.name())))
+            }
+            () = self.store.gone(key) => Ok(Err(DROPPED.to_owned())),
+            () = reader.hung_up() => Err(LaneError::Torn.into()),
         }
     }
 
@@ -136,19 +173,10 @@ impl<'a> Incoming<'a> {
             self.store.is_receiving(arriving.key).then(|| arriving.images.get(&image)).flatten()
         });
         let (Some(image), Some(arriving)) = (image.cloned(), self.snapshots.get(&snapshot)) else {
-            self.fail(snapshot, "it was dropped by the operator", true);
+            self.fail(snapshot, DROPPED, true);
             return Ok(reader.discard(len).await?);
         };
-        // While it waits for room, nobody else looks whether it is still wanted, and still comes.
-        let charged = tokio::select! {
-            biased;
-            charged = self.store.charge(arriving.key, &image, len as u64) => {
-                charged.map_err(|exhausted| format!("image {}: {exhausted}", image.name()))
-            }
-            () = self.store.gone(arriving.key) => Err("it was dropped by the operator".to_owned()),
-            () = reader.hung_up() => return Err(LaneError::Torn.into()),
-        };
-        if let Err(reason) = charged {
+        if let Err(reason) = self.charge(reader, arriving.key, &image, len as u64).await? {
             self.fail(snapshot, &reason, true);
             return Ok(reader.discard(len).await?);
         }

@@ -14,7 +14,7 @@ use crate::config::CacheSettings;
 use crate::daemon::journal;
 use crate::sys::clock::host_name;
 use crate::wire::frame::BadFrame;
-use crate::wire::lane::{self, LaneError, Reader, Writer};
+use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
 use crate::wire::message::{KeepAlive, Message, Welcome};
 use crate::wire::receiver::{Limits, Violation};
 
@@ -23,9 +23,8 @@ use super::incoming::Incoming;
 
 /// A peer is gone when it was silent for this many keep-alive intervals.
 const SILENT_INTERVALS: u32 = 3;
-/// The pipe through which payload passes, in bytes: more than an unprivileged user is granted is
-/// not asked for.
-const PIPE: usize = 1 << 20;
+/// More than an unprivileged user is granted is not asked for.
+const PIPES: Pipes = Pipes { incoming: 1 << 20, outgoing: DEFAULT_CAPACITY };
 /// Snapshots under way at once on one link.
 const SNAPSHOTS: usize = 1024;
 /// Answers that a peer has not read yet.
@@ -67,7 +66,7 @@ pub(super) async fn serve(cache: &Cache, stream: TcpStream, address: SocketAddr)
     async {
         let settings = cache.settings();
         let patience = settings.link.keep_alive * SILENT_INTERVALS;
-        let (mut reader, mut writer) = match lane::split(stream, PIPE, patience) {
+        let (mut reader, mut writer) = match lane::split(stream, PIPES, patience) {
             Ok(halves) => halves,
             Err(error) => {
                 tracing::warn!("a link from {address} cannot be served: {error}");

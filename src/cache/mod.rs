@@ -40,6 +40,8 @@ pub struct Cache {
     store: Rc<Store>,
     links: Links,
     restores: Sessions,
+    /// Those of them that do not wait for a snapshot any more.
+    serving: Sessions,
     listeners: Listeners,
     rate: Rate,
     /// Bytes that restores have read.
@@ -53,6 +55,7 @@ impl Cache {
             store: Store::new(settings.store.clone()),
             links: Links::default(),
             restores: Sessions::default(),
+            serving: Sessions::default(),
             listeners: Listeners::default(),
             rate: Rate::default(),
             served: Cell::new(0),
@@ -220,7 +223,7 @@ impl Daemon for Cache {
     }
 
     fn sessions(&self) -> usize {
-        self.restores.live() + self.links.busy.live()
+        self.serving.live() + self.links.busy.live()
     }
 
     fn progress(&self) -> u64 {

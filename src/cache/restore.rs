@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::config::CacheSettings;
 use crate::criu::stream::{BadRequest, decode_request, encode_reply};
 use crate::daemon::journal;
-use crate::daemon::sessions::{BadSession, Peer, closed, read_request, receive_descriptor};
+use crate::daemon::sessions::{
+    BadSession, Peer, Session, closed, read_request, receive_descriptor,
+};
 use crate::store::{Claim, Images, Key, Unavailable};
 use crate::sys::pipe::{NotThatEnd, PipeWriter};
 
@@ -26,17 +28,14 @@ pub(super) enum Source {
     /// The oldest that no restore has taken: the shared socket.
     Oldest,
     /// The one that a directory was opened for.
-    Named {
-        /// The snapshot.
-        key: Key,
-        /// Whether reading it counts as taking it.
-        take: bool,
-    },
+    Named(Key),
+    /// One that somebody only looks at: reading it does not count as taking it.
+    Look(Key),
 }
 
 /// Why a restore failed. The peer is in the log line's fields.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     /// CRIU, or what speaks in its place, broke the protocol.
     #[error("{0}")]
     Session(#[from] BadSession),
@@ -94,8 +93,9 @@ struct Read {
     bytes: u64,
 }
 
-/// Serves one restore. A failure ends this session only: CRIU sees its socket closed.
-pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source: Source) {
+/// Serves one restore; returns whether it has taken its snapshot. A failure ends this session only:
+/// CRIU sees its socket closed.
+pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source: Source) -> bool {
     let _session = cache.restores.enter();
     let span =
         tracing::info_span!("restore", criu_peer = %peer, criu_snapshot = tracing::field::Empty);
@@ -108,27 +108,37 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
             socket,
             claim: None,
             pipes: JoinSet::new(),
-            named: false,
+            serving: None,
             reading: Rc::default(),
             sent: Read::default(),
         };
-        let result = restore.run(source).await;
-        if let Err(failure) = result {
-            // Without a request there was no restore.
-            tracing::warn!(
-                message_id = journal::PEER_REFUSED,
-                "a restore by {peer} ended: {failure}"
-            );
-            return;
+        if let Err(failure) = restore.run(source).await {
+            tell_failed(peer, &failure);
+            return false;
         }
-        let take = matches!(source, Source::Oldest | Source::Named { take: true, .. });
-        if let (Some(claim), true) = (&restore.claim, take && restore.sent.images > 0) {
+        let taken = !matches!(source, Source::Look(_)) && restore.sent.images > 0;
+        if let (Some(claim), true) = (&restore.claim, taken) {
             claim.taken();
             tell_taken(claim, &restore.sent, started);
         }
+        taken
     }
     .instrument(span)
-    .await;
+    .await
+}
+
+fn tell_failed(peer: Peer, failure: &Failure) {
+    match failure {
+        // Not the peer's fault.
+        Failure::Left => tracing::info!("a restore by {peer} ended: {failure}"),
+        Failure::Unavailable(_) | Failure::Image { .. } => {
+            tracing::warn!("a restore by {peer} ended: {failure}");
+        }
+        _ => {
+            let message_id = journal::PEER_REFUSED;
+            tracing::warn!(message_id, "a restore by {peer} ended: {failure}");
+        }
+    }
 }
 
 fn tell_taken(claim: &Claim, sent: &Read, started: Instant) {
@@ -149,9 +159,9 @@ struct Restore<'a> {
     settings: Rc<CacheSettings>,
     socket: UnixStream,
     claim: Option<Claim>,
-    pipes: JoinSet<u64>,
-    /// Whether the log knows the snapshot.
-    named: bool,
+    pipes: JoinSet<Result<u64, Failure>>,
+    /// Held once it has its snapshot: from then on the daemon's end waits for it.
+    serving: Option<Session>,
     reading: Rc<Reading>,
     sent: Read,
 }
@@ -182,7 +192,8 @@ impl Restore<'_> {
             claimed = wait => claimed,
             () = closed(&self.socket) => return Err(Failure::Left),
         };
-        if !std::mem::replace(&mut self.named, true) {
+        if self.serving.is_none() {
+            self.serving = Some(self.cache.serving.enter());
             if let Some(id) = claim.id() {
                 tracing::Span::current().record("criu_snapshot", id);
             }
@@ -218,7 +229,7 @@ impl Restore<'_> {
         self.sent.images += 1;
         self.pipes.spawn_local(fill.run());
         while let Some(filled) = self.pipes.try_join_next() {
-            self.count(filled.unwrap_or(0));
+            self.count(filled)?;
         }
         Ok(())
     }
@@ -230,7 +241,7 @@ impl Restore<'_> {
         let mut seen = self.reading.bytes.get();
         loop {
             match timeout(limit, self.pipes.join_next()).await {
-                Ok(Some(filled)) => self.count(filled.unwrap_or(0)),
+                Ok(Some(filled)) => self.count(filled)?,
                 Ok(None) => return Ok(()),
                 Err(_) if self.reading.bytes.get() > seen => seen = self.reading.bytes.get(),
                 Err(_) => {
@@ -242,22 +253,26 @@ impl Restore<'_> {
         }
     }
 
-    fn count(&mut self, bytes: u64) {
+    fn count(&mut self, filled: Result<Result<u64, Failure>, JoinError>) -> Result<(), Failure> {
+        // A task that is not there any more has moved nothing.
+        let bytes = filled.unwrap_or(Ok(0))?;
         self.sent.bytes += bytes;
         self.cache.served.set(self.cache.served.get() + bytes);
+        Ok(())
     }
 }
 
 async fn claim(cache: &Cache, source: Source) -> Claim {
-    if let Source::Named { key, .. } = source {
-        return cache.store.claim(key);
-    }
-    loop {
-        let mut changed = cache.store.watch();
-        if let Some(claim) = cache.store.claim_oldest() {
-            return claim;
-        }
-        // The store is there as long as the cache is.
-        let _ = changed.changed().await;
+    match source {
+        Source::Named(key) => cache.store.claim(key),
+        Source::Look(key) => cache.store.peek(key),
+        Source::Oldest => loop {
+            let mut changed = cache.store.watch();
+            if let Some(claim) = cache.store.claim_oldest() {
+                return claim;
+            }
+            // The store is there as long as the cache is.
+            let _ = changed.changed().await;
+        },
     }
 }

@@ -69,7 +69,7 @@ pub struct LinkSettings {
     /// How long a dump waits for the cache before it fails, the process running on at the source.
     #[serde(with = "As::<Span>")]
     pub give_up_after: Duration,
-    /// How long the link may be idle before a ping is sent. A peer silent for three times as long
+    /// How often a sign of life is sent. A peer silent for three times as long
     /// is gone.
     #[serde(with = "As::<Span>")]
     pub keep_alive: Duration,
@@ -103,8 +103,8 @@ pub struct SessionSettings {
     /// How long a peer has between a request and the descriptor that belongs to it.
     #[serde(with = "As::<Span>")]
     pub request_timeout: Duration,
-    /// How long an image may stand still in the middle: at the proxy CRIU neither writes nor
-    /// closes, at the cache CRIU does not read.
+    /// How long images may stand still: at the proxy CRIU neither writes to nor closes any, or makes
+    /// no first request; at the cache CRIU has closed its socket and reads none.
     #[serde(with = "As::<Span>")]
     pub stall_timeout: Duration,
     /// What the pipe of a large image is grown to, in bytes: 4 KiB to 1 GiB. The kernel rounds up
@@ -220,7 +220,7 @@ pub enum Keep {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct CacheLinkSettings {
-    /// How long a link may be idle before a ping is sent. A peer silent for three times as long is
+    /// How often a sign of life is sent. A peer silent for three times as long is
     /// gone.
     #[serde(with = "As::<Span>")]
     pub keep_alive: Duration,

@@ -40,6 +40,8 @@ pub(super) struct OpenIn {
     pub(super) to: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) take: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) again: Option<bool>,
 }
 
 /// No parameters, or none in the reply.

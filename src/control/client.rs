@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use zlink::{Call, Connection, Reply};
 
+use super::Reading;
 use super::calls::{
     ById, CallError, ListOut, Nothing, OpenIn, ShowOut, StatusOut, WatchIn, WatchOut, method,
 };
@@ -105,15 +106,18 @@ impl Client {
     }
 
     /// Hands over a listening or connected unix stream socket that speaks for the snapshot `id`.
-    /// `to` and `take` are as in [`Open`](super::Open).
+    /// `to` and `reading` are as in [`Open`](super::Open).
     pub async fn open(
         &mut self,
         id: &str,
         to: Option<&str>,
-        take: bool,
+        reading: Reading,
         socket: OwnedFd,
     ) -> Result<(), ClientError> {
-        let call = OpenIn { id: id.to_owned(), to: to.map(str::to_owned), take: Some(take) };
+        let (id, to) = (id.to_owned(), to.map(str::to_owned));
+        let take = Some(reading != Reading::Look);
+        let again = (reading == Reading::TakeAgain).then_some(true);
+        let call = OpenIn { id, to, take, again };
         let _: Nothing = self.call(method::OPEN, call, vec![socket]).await?;
         Ok(())
     }

@@ -73,10 +73,21 @@ pub struct Open {
     pub id: String,
     /// Where a dump goes: the cache's `HOST` or `HOST:PORT`. `None` is the configured one.
     pub to: Option<String>,
-    /// Whether a snapshot that was read counts as taken.
-    pub take: bool,
+    /// What reading the snapshot means.
+    pub reading: Reading,
     /// Whether the socket listens, for any number of CRIU runs, or is one connection.
     pub listening: bool,
+}
+
+/// What it means that a snapshot is read from a socket (cache only).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// It is taken. One that was taken already is refused: its process may run.
+    Take,
+    /// It is taken, even if it was before: that restore failed.
+    TakeAgain,
+    /// Nothing: somebody looks at it.
+    Look,
 }
 
 /// Why a daemon does not do what it was asked.

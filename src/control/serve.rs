@@ -20,7 +20,7 @@ use super::calls::{
 };
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
-use super::{Backend, DESCRIPTION, INTERFACE, Open, Refusal};
+use super::{Backend, DESCRIPTION, INTERFACE, Open, Reading, Refusal};
 use crate::criu::stream::check_name;
 use crate::daemon::sessions::Peer;
 
@@ -211,11 +211,16 @@ fn answer(
 }
 
 fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Result<(), Failure> {
-    let OpenIn { id, to, take } = call;
+    let OpenIn { id, to, take, again } = call;
     check_name(&id).map_err(|bad| CallError::Refused { reason: bad.to_string() })?;
     let socket = descriptors.into_iter().next().ok_or(CallError::NoDescriptor)?;
     let listening = prepare(&socket).map_err(|_| CallError::NotASocket)?;
-    let request = Open { id: id.clone(), to, take: take.unwrap_or(true), listening };
+    let reading = match (take.unwrap_or(true), again.unwrap_or(false)) {
+        (false, _) => Reading::Look,
+        (true, false) => Reading::Take,
+        (true, true) => Reading::TakeAgain,
+    };
+    let request = Open { id: id.clone(), to, reading, listening };
     backend.open(request, socket).map_err(|refusal| refused(refusal, &id))
 }
 

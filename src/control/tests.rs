@@ -147,18 +147,19 @@ fn a_socket_is_handed_over() {
     with_daemon(anybody, |path, fake| async move {
         let mut client = Client::connect(&path).await.unwrap();
         let (ours, _theirs) = StdStream::pair().unwrap();
-        client.open("web", Some("b:1"), false, ours.into()).await.unwrap();
+        client.open("web", Some("b:1"), Reading::Look, ours.into()).await.unwrap();
         let dir = tempfile::tempdir().unwrap();
         let listener =
             std::os::unix::net::UnixListener::bind(dir.path().join("streamer-serve.sock")).unwrap();
-        client.open("db", None, true, listener.into()).await.unwrap();
-        let open = |id: &str, to: Option<&str>, take, listening| Open {
+        client.open("db", None, Reading::Take, listener.into()).await.unwrap();
+        let open = |id: &str, to: Option<&str>, reading, listening| Open {
             id: id.to_owned(),
             to: to.map(str::to_owned),
-            take,
+            reading,
             listening,
         };
-        let expected = [open("web", Some("b:1"), false, false), open("db", None, true, true)];
+        let expected =
+            [open("web", Some("b:1"), Reading::Look, false), open("db", None, Reading::Take, true)];
         assert_eq!(*fake.opened.borrow(), expected);
     });
 }
@@ -168,12 +169,12 @@ fn what_is_no_socket_or_no_name_is_refused() {
     with_daemon(anybody, |path, fake| async move {
         let mut client = Client::connect(&path).await.unwrap();
         let (pipe, _end) = rustix::pipe::pipe().unwrap();
-        let refused = client.open("web", None, true, pipe).await.unwrap_err();
+        let refused = client.open("web", None, Reading::Take, pipe).await.unwrap_err();
         assert_eq!(refused.to_string(), "what was passed is not a unix stream socket");
         let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
-        client.open("web", None, true, datagram.into()).await.unwrap_err();
+        client.open("web", None, Reading::Take, datagram.into()).await.unwrap_err();
         let (ours, _theirs) = StdStream::pair().unwrap();
-        let refused = client.open("../web", None, true, ours.into()).await.unwrap_err();
+        let refused = client.open("../web", None, Reading::Take, ours.into()).await.unwrap_err();
         assert!(refused.to_string().contains("a slash"), "{refused}");
         let call = br#"{"method":"org.criu.ImageRelay.Open","parameters":{"id":"web"}}"#;
         let reply = raw(&path, &[call, &b"\0"[..]].concat()).await;

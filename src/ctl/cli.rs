@@ -187,6 +187,10 @@ pub(super) struct Open {
     #[arg(long, value_name = "HOST[:PORT]")]
     pub(super) to: Option<String>,
 
+    /// Restore a snapshot once more that was taken already: the restore failed (cache only)
+    #[arg(long)]
+    pub(super) again: bool,
+
     /// The directory; it must exist
     pub(super) dir: PathBuf,
 }

@@ -66,8 +66,9 @@ impl Failure {
 
     /// A snapshot that can never be restored.
     pub(super) fn damaged(id: &str, reason: &str) -> Failure {
-        Failure::new(Exit::Damaged, format!("snapshot {id} is damaged: {reason}"))
-            .cure("it can never be restored; the process it was taken of runs on: dump it again")
+        Failure::new(Exit::Damaged, format!("snapshot {id} is damaged: {reason}")).cure(
+            "it can never be restored. If criu dump failed, the process runs on: dump it again",
+        )
     }
 
     /// Says what to do.
@@ -91,7 +92,7 @@ impl From<ClientError> for Failure {
         match error {
             ClientError::Unreachable { path, source } => {
                 let cure = if source.kind() == std::io::ErrorKind::PermissionDenied {
-                    "be root, or in the group criu-image"
+                    "be root, or a user in allow-uids and in the group criu-image"
                 } else if path.as_os_str() == PROXY_SOCKET {
                     "systemctl start criu-image-proxy-control.socket"
                 } else if path.as_os_str() == CACHE_SOCKET {

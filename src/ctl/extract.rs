@@ -14,6 +14,7 @@ use super::look::state_word;
 use super::print::{Output, clean, progress, size};
 use super::reach;
 use super::stream::{Session, is_end};
+use crate::control::Reading;
 use crate::control::model::{Image, Role, Snapshot, SnapshotState};
 use crate::criu::stream::check_name;
 
@@ -30,7 +31,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, extract: &Extract) -> R
 
     let (mut session, theirs) = Session::new()
         .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
-    client.open(&id, None, false, theirs).await?;
+    client.open(&id, None, Reading::Look, theirs).await?;
     let bar = progress(clean(&id), Some(snapshot.bytes));
     for image in &images {
         receive(&mut session, &mut written, image, &bar)?;

@@ -9,6 +9,7 @@ use super::cli::{Daemon, Open};
 use super::exit::Failure;
 use super::print::Output;
 use super::reach;
+use crate::control::Reading;
 use crate::control::model::Role;
 use crate::criu::stream::{CAPTURE_SOCKET, SERVE_SOCKET};
 use crate::sys::unix;
@@ -35,7 +36,9 @@ pub(super) async fn run(daemon: &Daemon, output: Output, open: &Open) -> Result<
         Failure::failed(format!("{}: {error}", path.display()))
             .cure("one directory is one snapshot; use another, or drop what uses this one")
     })?;
-    if let Err(error) = client.open(&id, open.to.as_deref(), true, listener.into()).await {
+    let reading = if open.again { Reading::TakeAgain } else { Reading::Take };
+    let handed_over = client.open(&id, open.to.as_deref(), reading, listener.into()).await;
+    if let Err(error) = handed_over {
         let _ = fs::remove_file(&path);
         return Err(error.into());
     }

@@ -14,7 +14,7 @@ use super::print::{Output, clean, progress, size, span};
 use super::reach;
 use super::stream::{Session, is_end};
 use crate::control::model::{Role, Snapshot, SnapshotState};
-use crate::control::{Client, ClientError};
+use crate::control::{Client, ClientError, Reading};
 use crate::criu::images::INVENTORY;
 use crate::criu::stream::check_name;
 
@@ -36,7 +36,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<
     let before = client.show(&id).await.ok().map(|(snapshot, _)| snapshot);
     let (session, theirs) = Session::new()
         .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
-    client.open(&id, push.to.as_deref(), true, theirs).await?;
+    client.open(&id, push.to.as_deref(), Reading::Take, theirs).await?;
     let outcome = send(session, &set, &id);
     // The daemon does not keep an idle connection, and a big push takes its time.
     let mut client = Client::connect(client.path()).await?;

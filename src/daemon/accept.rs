@@ -47,7 +47,9 @@ pub struct Listeners(RefCell<Vec<JoinHandle<()>>>);
 impl Listeners {
     /// Starts one more.
     pub fn start(&self, listener: impl Future<Output = ()> + 'static) {
-        self.0.borrow_mut().push(tokio::task::spawn_local(listener));
+        let mut listeners = self.0.borrow_mut();
+        listeners.retain(|listener| !listener.is_finished());
+        listeners.push(tokio::task::spawn_local(listener));
     }
 
     /// Ends them all; what they have accepted goes on.

@@ -13,6 +13,7 @@ use crate::control::model::{Image, Role, Snapshot, SnapshotState, Status};
 use crate::control::{Backend, Open, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Socket;
+use crate::daemon::journal;
 
 /// What answers the control socket.
 pub(super) struct Control(pub(super) Rc<Proxy>);
@@ -51,7 +52,15 @@ impl Backend for Control {
     }
 
     fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
-        if self.0.records.drop_snapshot(id) { Ok(()) } else { Err(Refusal::NoSuchSnapshot) }
+        let record = self.0.records.find(id).ok_or(Refusal::NoSuchSnapshot)?;
+        record.stop("it was dropped by the operator");
+        self.0.records.remove(&record);
+        tracing::info!(
+            message_id = journal::SNAPSHOT_DROPPED,
+            criu_snapshot = id,
+            "snapshot {id} dropped by the operator"
+        );
+        Ok(())
     }
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
@@ -70,33 +79,43 @@ impl Backend for Control {
                 ))
             })?;
         let target = Target { id: request.id, cache, record: Some(record.clone()) };
-        tokio::task::spawn_local(async move {
-            match socket {
-                Socket::Connected(socket) => drop(serve_one(&proxy, socket, target).await),
-                Socket::Listening(listener) => listen(&proxy, &listener, target, &record).await,
+        match socket {
+            Socket::Connected(socket) => {
+                tokio::task::spawn_local(async move {
+                    serve(proxy.clone(), socket, target).await;
+                    // Nobody can come for it any more.
+                    if record.state() == SnapshotState::Awaited {
+                        proxy.records.remove(&record);
+                    }
+                });
             }
-        });
+            Socket::Listening(listener) => {
+                self.0.listeners.start(listen(proxy, listener, target, record));
+            }
+        }
         Ok(())
     }
 }
 
-async fn serve_one(proxy: &Proxy, socket: UnixStream, target: Target) -> bool {
+async fn serve(proxy: Rc<Proxy>, socket: UnixStream, target: Target) -> bool {
     match proxy.admit(&socket) {
-        Some(peer) => dump::serve(proxy, socket, peer, target).await,
+        Some(peer) => dump::serve(&proxy, socket, peer, target).await,
         None => false,
     }
 }
 
 /// Serves an opened directory until one dump of it is at the cache: a dump that failed may be tried
 /// again.
-async fn listen(proxy: &Proxy, listener: &UnixListener, target: Target, record: &Rc<Record>) {
+async fn listen(proxy: Rc<Proxy>, listener: UnixListener, target: Target, record: Rc<Record>) {
     let accept = async || Ok(listener.accept().await?.0);
     loop {
         let socket = tokio::select! {
             socket = accept_one("an opened directory", &accept) => socket,
             _ = record.stopped() => return,
         };
-        if serve_one(proxy, socket, target.clone()).await {
+        // A task of its own: a dump goes on when the daemon stops to listen.
+        let dump = tokio::task::spawn_local(serve(proxy.clone(), socket, target.clone()));
+        if dump.await.unwrap_or(false) {
             return;
         }
     }

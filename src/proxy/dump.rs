@@ -58,8 +58,17 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
         let settings = proxy.settings();
         let mut requests = Requests::read_from(socket, &settings.sessions);
         // A peer that only connects makes no snapshot.
-        let first = timeout(settings.sessions.stall_timeout, requests.next()).await;
-        let Ok(Some(first)) = first else {
+        let stopped = async {
+            match &target.record {
+                Some(record) => record.stopped().await,
+                None => std::future::pending().await,
+            }
+        };
+        let first = tokio::select! {
+            first = timeout(settings.sessions.stall_timeout, requests.next()) => first.ok().flatten(),
+            _ = stopped => None,
+        };
+        let Some(first) = first else {
             tracing::debug!("{peer} made no request");
             return false;
         };

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::config::ProxySettings;
 use crate::control::model::LinkStatus;
 use crate::daemon::journal;
-use crate::wire::lane::{self, LaneError, Reader, Writer};
+use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
 use crate::wire::message::{Hello, Message};
 
 use super::connection::Connection;
@@ -197,10 +197,11 @@ async fn attempt(
             ));
         }
         let stream = TcpStream::connect(&addresses[..]).await.map_err(|error| error.to_string())?;
-        let capacity = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
+        let outgoing = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
+        let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing };
         let patience = settings.link.keep_alive * SILENT_INTERVALS;
         let (mut reader, mut writer) =
-            lane::split(stream, capacity, patience).map_err(|error| error.to_string())?;
+            lane::split(stream, pipes, patience).map_err(|error| error.to_string())?;
         let cache = shake_hands(&mut reader, &mut writer, name).await?;
         Ok((reader, writer, cache))
     };

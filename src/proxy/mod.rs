@@ -155,7 +155,6 @@ impl Daemon for Proxy {
 
     fn stop_accepting(&self) {
         self.listeners.stop();
-        self.records.stop_awaiting();
     }
 
     fn farewell(&self) {

@@ -95,12 +95,9 @@ impl Records {
         self.by_age.borrow().values().find(|record| record.is(id)).cloned()
     }
 
-    /// Forgets a snapshot; one that is awaited or being sent is stopped.
-    pub fn drop_snapshot(&self, id: &str) -> bool {
-        let Some(record) = self.find(id) else { return false };
-        record.stop("it was dropped by the operator");
-        self.by_age.borrow_mut().retain(|_, other| !Rc::ptr_eq(other, &record));
-        true
+    /// Forgets a snapshot.
+    pub fn remove(&self, record: &Rc<Record>) {
+        self.by_age.borrow_mut().retain(|_, other| !Rc::ptr_eq(other, record));
     }
 
     /// Forgets the oldest of those that have ended, beyond what is kept.
@@ -115,14 +112,9 @@ impl Records {
         });
     }
 
-    /// No directory is awaited any more.
-    pub fn stop_awaiting(&self) {
-        self.stop_all("the proxy stops", |state| state == SnapshotState::Awaited);
-    }
-
     /// Nothing that is under way is finished.
     pub fn abandon(&self, reason: &str) {
-        self.stop_all(reason, |_| true);
+        self.by_age.borrow().values().for_each(|record| record.stop(reason));
     }
 
     /// How many snapshots there are in each state.
@@ -137,11 +129,6 @@ impl Records {
             }
         }
         counts
-    }
-
-    fn stop_all(&self, reason: &str, which: impl Fn(SnapshotState) -> bool) {
-        let records = self.by_age.borrow();
-        records.values().filter(|record| which(record.state())).for_each(|r| r.stop(reason));
     }
 }
 

@@ -26,6 +26,8 @@ pub enum Unavailable {
 pub struct Claim {
     pub(super) store: Rc<Store>,
     pub(super) key: Key,
+    /// Whether it keeps others away.
+    pub(super) binding: bool,
 }
 
 impl Claim {
@@ -68,6 +70,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.store.update(self.key, |snapshot| snapshot.restores -= 1);
+        if self.binding {
+            self.store.update(self.key, |snapshot| snapshot.restores -= 1);
+        }
     }
 }

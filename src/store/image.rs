@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use super::quota::Charge;
 use crate::sys::memfd;
 
-/// What the kernel gives memory in, in bytes; what an image is charged for is rounded up to it.
+/// What the kernel gives memory in, in bytes. What an image is charged for is rounded up to it, and
+/// an empty one is charged for one page: it is a descriptor and an inode.
 const PAGE: u64 = 4096;
 
 /// An image: a memfd, how much of it has come, and what it is charged for.
@@ -64,7 +65,7 @@ impl Image {
     /// How many bytes must be charged before `more` bytes may be accepted.
     pub fn growth(&self, more: u64) -> u64 {
         let pages = |bytes: u64| bytes.div_ceil(PAGE) * PAGE;
-        pages(self.len() + more).saturating_sub(self.charged())
+        pages((self.len() + more).max(1)).saturating_sub(self.charged())
     }
 
     /// Takes a charge over: it is given back with the image.

@@ -65,6 +65,11 @@ pub enum Refused {
     /// The id is that of a snapshot which a restore is reading.
     #[error("a restore is reading a snapshot {0}")]
     InUse(String),
+    /// The id is that of a snapshot that was restored, as far as the store knows.
+    #[error(
+        "a restore has taken snapshot {0}: drop it to await another of that id, or say that it is wanted again"
+    )]
+    Taken(String),
     /// The list is full.
     #[error("the store lists {0} snapshots, its limit (store.max-snapshots)")]
     TooMany(u64),
@@ -131,17 +136,30 @@ impl Store {
         self.snapshots.borrow().values().find(|snapshot| snapshot.id == id).map(look)
     }
 
-    /// A restore will ask for a snapshot of that id: lists it as awaited, if it is not there.
-    pub fn expect(&self, id: &str) -> Key {
-        if let Some(key) = self.key_of(id) {
-            return key;
+    /// A restore will ask for a snapshot of that id by name: lists it as awaited if it is not there.
+    ///
+    /// One that was taken is refused unless it is wanted `again`: its process may run, and the one
+    /// that is awaited may be another.
+    pub fn expect(&self, id: &str, again: bool) -> Result<Key, Refused> {
+        let key = match self.key_of(id) {
+            Some(key) => key,
+            None => self.list(Snapshot::new(id, "", State::Awaited))?,
+        };
+        if !again && self.look(key, |known| matches!(known.state, State::Taken(_))) == Some(true) {
+            return Err(Refused::Taken(id.to_owned()));
         }
-        self.insert(Snapshot::new(id, "", State::Awaited))
+        Ok(key)
     }
 
     /// Keeps a snapshot for the restores that ask for it by name.
     pub fn reserve(&self, key: Key) {
         self.update(key, |snapshot| snapshot.reserved = true);
+    }
+
+    /// The snapshot of that id, for somebody who looks at it.
+    pub fn key_of(&self, id: &str) -> Option<Key> {
+        let snapshots = self.snapshots.borrow();
+        snapshots.iter().find(|(_, snapshot)| snapshot.id == id).map(|(key, _)| *key)
     }
 
     /// Resolves when the snapshot is no longer listed.
@@ -156,11 +174,7 @@ impl Store {
     /// A snapshot begins to come from `peer`. An id that is awaited or spent is used (again).
     pub fn begin(&self, id: &str, peer: &str) -> Result<Key, Refused> {
         let Some(key) = self.key_of(id) else {
-            let limit = self.settings.borrow().max_snapshots;
-            if self.snapshots.borrow().len() as u64 >= limit {
-                return Err(Refused::TooMany(limit));
-            }
-            return Ok(self.insert(Snapshot::new(id, peer, State::Receiving(Rc::default()))));
+            return self.list(Snapshot::new(id, peer, State::Receiving(Rc::default())));
         };
         let refused = self.find(id, |known| match known.state {
             State::Receiving(_) => Some(Refused::UnderWay(id.to_owned())),
@@ -175,7 +189,8 @@ impl Store {
         Ok(key)
     }
 
-    /// An image of a snapshot begins. One of that name that ended before is replaced.
+    /// An image of a snapshot begins, to be [charged](Self::charge) for. One of that name that ended
+    /// before is replaced.
     pub fn begin_image(&self, key: Key, name: &str) -> Result<Rc<Image>, Refused> {
         let mut snapshots = self.snapshots.borrow_mut();
         let Some(Snapshot { state: State::Receiving(images), .. }) = snapshots.get_mut(&key) else {
@@ -189,6 +204,7 @@ impl Store {
     }
 
     /// Charges an image of a snapshot for `more` bytes, before they are accepted; waits for room.
+    /// With 0 it charges a new image for what it is itself.
     pub async fn charge(&self, key: Key, image: &Image, more: u64) -> Result<(), Exhausted> {
         let patience = self.settings.borrow().quota_wait;
         let charge = self.quota.charge(image.growth(more), || self.charged(key), patience).await?;
@@ -255,7 +271,12 @@ impl Store {
     /// Binds a restore to a snapshot.
     pub fn claim(self: &Rc<Store>, key: Key) -> Claim {
         self.update(key, |snapshot| snapshot.restores += 1);
-        Claim { store: self.clone(), key }
+        Claim { store: self.clone(), key, binding: true }
+    }
+
+    /// Gives somebody a look at a snapshot; restores get it all the same.
+    pub fn peek(self: &Rc<Store>, key: Key) -> Claim {
+        Claim { store: self.clone(), key, binding: false }
     }
 
     /// Forgets a snapshot. A restore that is reading it keeps what it reads.
@@ -295,17 +316,20 @@ impl Store {
         expired
     }
 
-    fn key_of(&self, id: &str) -> Option<Key> {
-        let snapshots = self.snapshots.borrow();
-        snapshots.iter().find(|(_, snapshot)| snapshot.id == id).map(|(key, _)| *key)
-    }
-
-    fn insert(&self, snapshot: Snapshot) -> Key {
+    fn list(&self, snapshot: Snapshot) -> Result<Key, Refused> {
+        let limit = self.settings.borrow().max_snapshots;
+        if self.snapshots.borrow().len() as u64 >= limit {
+            return Err(Refused::TooMany(limit));
+        }
         let key = Key(self.next_key.get());
         self.next_key.set(key.0 + 1);
         self.snapshots.borrow_mut().insert(key, snapshot);
         self.changed.send_replace(());
-        key
+        Ok(key)
+    }
+
+    fn look<T>(&self, key: Key, look: impl FnOnce(&Snapshot) -> T) -> Option<T> {
+        self.snapshots.borrow().get(&key).map(look)
     }
 
     fn update(&self, key: Key, change: impl FnOnce(&mut Snapshot)) {

@@ -132,7 +132,7 @@ async fn an_id_in_use_is_refused_and_a_spent_one_is_used_again() {
 #[tokio::test]
 async fn an_awaited_snapshot_becomes_the_one_that_comes() {
     let store = store(1 << 20);
-    let key = store.expect("web");
+    let key = store.expect("web", false).unwrap();
     assert_eq!(state(&store, "web"), "awaited");
     store.reserve(key);
     assert_eq!(whole(&store, "web").await, key);
@@ -205,4 +205,34 @@ async fn the_list_has_an_end() {
     assert_eq!(store.begin("two", "a"), Err(Refused::TooMany(1)));
     store.fail(key, "torn");
     assert!(store.begin("one", "a").is_ok(), "a spent entry makes room for its id");
+}
+
+#[tokio::test]
+async fn what_was_taken_is_not_given_to_one_who_awaits_another() {
+    let store = store(1 << 20);
+    whole(&store, "web").await;
+    store.claim_oldest().unwrap().taken();
+    assert_eq!(store.expect("web", false), Err(Refused::Taken("web".into())));
+    let key = store.expect("web", true).unwrap();
+    assert_eq!(store.claim(key).images().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_look_at_a_snapshot_keeps_no_restore_away() {
+    let store = store(1 << 20);
+    let key = whole(&store, "web").await;
+    let look = store.peek(key);
+    assert_eq!(look.images().await.unwrap().len(), 1);
+    assert_eq!(store.claim_oldest().unwrap().id().unwrap(), "web");
+}
+
+#[tokio::test]
+async fn an_empty_image_is_charged_for_too() {
+    let store = store(1 << 20);
+    let key = store.begin("web", "a").unwrap();
+    let image = store.begin_image(key, "a.img").unwrap();
+    store.charge(key, &image, 0).await.unwrap();
+    assert_eq!(store.quota().used(), 4096);
+    store.charge(key, &image, 100).await.unwrap();
+    assert_eq!(store.quota().used(), 4096);
 }

@@ -41,11 +41,14 @@ impl Pipe {
     }
 }
 
-/// Grows a pipe. A refusal (EPERM over the user's limit, EBUSY) costs speed and nothing else, so it
-/// is not an error.
-pub fn grow(pipe: impl AsFd, capacity: usize) {
-    if fcntl_getpipe_size(&pipe).is_ok_and(|now| now < capacity) {
-        let _ = fcntl_setpipe_size(&pipe, capacity);
+/// Grows a pipe to `capacity` bytes, or to the half or less of it that the kernel grants: there is a
+/// limit for a pipe (`pipe-max-size`) and one for a user. A refusal costs speed and nothing else, so
+/// it is not an error.
+pub fn grow(pipe: impl AsFd, mut capacity: usize) {
+    while fcntl_getpipe_size(&pipe).is_ok_and(|now| now < capacity)
+        && fcntl_setpipe_size(&pipe, capacity).is_err()
+    {
+        capacity /= 2;
     }
 }
 

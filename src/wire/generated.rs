@@ -29,7 +29,7 @@ pub struct KeepAlive {}
 /// proxy → cache: a dump begins.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SnapshotBegin {
-    /// Names the snapshot in later messages; never used twice on one link.
+    /// Names the snapshot in later messages; each is greater than those before it on this link.
     #[prost(uint32, tag = "1")]
     pub snapshot: u32,
     /// The snapshot's id: the work-dir name.
@@ -73,7 +73,7 @@ pub struct SnapshotAbort {
 pub struct ImageBegin {
     #[prost(uint32, tag = "1")]
     pub snapshot: u32,
-    /// Names the image in later messages; never used twice in one snapshot.
+    /// Names the image in later messages; each is greater than those before it in this snapshot.
     #[prost(uint32, tag = "2")]
     pub image: u32,
     /// CRIU's name for it.

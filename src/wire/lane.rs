@@ -17,6 +17,8 @@ use super::frame::{self, BadFrame, HEADER_LEN, Header, MESSAGE_MAX, PREFACE_LEN}
 use super::message::{BadMessage, Message};
 use crate::sys::pipe::{Pipe, transfer, transfer_to_file};
 
+pub use crate::sys::pipe::DEFAULT_CAPACITY;
+
 /// How often a peer that nothing is read from is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -43,17 +45,22 @@ pub enum LaneError {
     Io(#[from] io::Error),
 }
 
-/// Splits a connection into its two directions. `capacity` is the size of each direction's pipe in
-/// bytes; `patience` is how long the peer may be silent.
-pub fn split(
-    stream: TcpStream,
-    capacity: usize,
-    patience: Duration,
-) -> io::Result<(Reader, Writer)> {
+/// The sizes in bytes of the pipes through which payload passes in each direction. A direction that
+/// carries none needs no more than [`DEFAULT_CAPACITY`].
+#[derive(Debug, Clone, Copy)]
+pub struct Pipes {
+    /// Towards this side.
+    pub incoming: usize,
+    /// Towards the peer.
+    pub outgoing: usize,
+}
+
+/// Splits a connection into its two directions. `patience` is how long the peer may be silent.
+pub fn split(stream: TcpStream, pipes: Pipes, patience: Duration) -> io::Result<(Reader, Writer)> {
     stream.set_nodelay(true)?;
     let stream = Arc::new(stream);
-    let reader = Reader { stream: stream.clone(), pipe: Pipe::new(capacity)?, patience };
-    Ok((reader, Writer { stream, pipe: Pipe::new(capacity)? }))
+    let reader = Reader { stream: stream.clone(), pipe: Pipe::new(pipes.incoming)?, patience };
+    Ok((reader, Writer { stream, pipe: Pipe::new(pipes.outgoing)? }))
 }
 
 /// The outgoing direction.

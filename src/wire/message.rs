@@ -117,12 +117,16 @@ impl Message {
             Kind::Unspecified => return Err(BadMessage::UnknownKind(header.kind)),
             Kind::Hello => Hello::decode(bytes).map(Message::Hello),
             Kind::Welcome => Welcome::decode(bytes).map(Message::Welcome),
-            Kind::Goodbye => Goodbye::decode(bytes).map(Message::Goodbye),
+            Kind::Goodbye => Goodbye::decode(bytes)
+                .map(|goodbye| Message::Goodbye(Goodbye { reason: printable(&goodbye.reason) })),
             Kind::KeepAlive => KeepAlive::decode(bytes).map(Message::KeepAlive),
             Kind::SnapshotBegin => SnapshotBegin::decode(bytes).map(Message::SnapshotBegin),
             Kind::SnapshotEnd => SnapshotEnd::decode(bytes).map(Message::SnapshotEnd),
             Kind::SnapshotAck => SnapshotAck::decode(bytes).map(Message::SnapshotAck),
-            Kind::SnapshotAbort => SnapshotAbort::decode(bytes).map(Message::SnapshotAbort),
+            Kind::SnapshotAbort => SnapshotAbort::decode(bytes).map(|abort| {
+                let reason = printable(&abort.reason);
+                Message::SnapshotAbort(SnapshotAbort { reason, ..abort })
+            }),
             Kind::ImageBegin => ImageBegin::decode(bytes).map(Message::ImageBegin),
             Kind::ImageData => ImageData::decode(bytes).map(Message::ImageData),
             Kind::ImageEnd => ImageEnd::decode(bytes).map(Message::ImageEnd),
@@ -142,6 +146,11 @@ fn cut(reason: &str) -> String {
         end -= 1;
     }
     reason[..end].to_owned()
+}
+
+/// What a peer says goes into logs and onto terminals: without what moves a cursor there.
+fn printable(reason: &str) -> String {
+    cut(reason).replace(char::is_control, "?")
 }
 
 #[cfg(test)]
@@ -233,6 +242,12 @@ mod tests {
         assert_eq!(refused(b"\x0a\0\0\0\0\0\0\0"), "a IMAGE_DATA with a payload of 0 bytes");
         let torn = refused(b"\x05\0\x02\0\0\0\0\0\x12\x09");
         assert!(torn.starts_with("a SNAPSHOT_BEGIN that does not decode"), "{torn}");
+    }
+
+    #[test]
+    fn a_reason_from_a_peer_moves_no_cursor() {
+        let said = Message::abort(1, "a\x1b[2Jb\nc").encode(0);
+        assert_eq!(decode(&said).unwrap(), Message::abort(1, "a?[2Jb?c"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use criu_image_relay::control::model::{Snapshot, SnapshotState};
-use criu_image_relay::control::{Client, ClientError};
+use criu_image_relay::control::{Client, ClientError, Reading};
 use criu_image_relay::daemon::CONTROL_SOCKET;
 use tempfile::TempDir;
 
@@ -225,7 +225,8 @@ impl Daemon {
     pub(crate) fn open_to(&self, id: &str, cache: Option<SocketAddr>) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (to, theirs) = (cache.map(|cache| cache.to_string()), OwnedFd::from(theirs));
-        self.control(async |client| client.open(id, to.as_deref(), true, theirs).await).unwrap();
+        self.control(async |client| client.open(id, to.as_deref(), Reading::Take, theirs).await)
+            .unwrap();
         ours
     }
 

@@ -55,9 +55,12 @@ fn a_dump_waits_at_the_quota_and_goes_on_when_bytes_are_freed() {
         let mut dump = Criu::in_dir_of(id, &hosts.proxy);
         dump.write("pages-1.img", PAGES);
         dump.complete();
-        hosts.cache.assert_held(44 << 10);
+        if id == "first" {
+            hosts.cache.assert_held(44 << 10);
+        }
     }
     hosts.cache.assert_state("second", SnapshotState::Receiving);
+    assert_eq!(hosts.cache.count_log("snapshot second is whole"), 0);
     hosts.cache.drop_snapshot("first");
     hosts.cache.assert_log(&["snapshot second is whole"]);
     hosts.proxy.assert_log(&["snapshot second sent"]);
@@ -66,7 +69,7 @@ fn a_dump_waits_at_the_quota_and_goes_on_when_bytes_are_freed() {
 #[test]
 fn a_quota_exhausted_for_too_long_damages_the_snapshot_that_waits() {
     let (mut cache, mut first, mut web) = waiting(SHORT);
-    let cause = "image pages-1.img: quota exhausted: 45056 of 65536 bytes (store.max-bytes) \
+    let cause = "image pages-1.img: quota exhausted: 49152 of 65536 bytes (store.max-bytes) \
                  were held for 400ms";
     web.assert_aborted(0, cause);
     let peer = web.link.address();

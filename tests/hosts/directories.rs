@@ -1,6 +1,6 @@
 //! Snapshots as directories: out of the cache, and in at the proxy.
 
-use crate::bed::{Bed, Host};
+use crate::bed::{BOTH, Bed, Host, wait_until};
 
 #[test]
 fn an_extracted_snapshot_is_a_plain_images_directory() {
@@ -36,5 +36,30 @@ fn a_pushed_directory_restores_through_the_stream() {
     assert_eq!((&list[0]["id"], &list[0]["state"]), (&"web".into(), &"whole".into()));
 
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
+    assert_eq!(bed.ask(Host::B, "web", &pid).checksum, before.checksum);
+}
+
+#[test]
+fn what_was_taken_is_restored_once_more_only_when_it_is_said() {
+    let bed = Bed::up();
+    let pid = bed.workload(Host::A, "web", 8);
+    let before = bed.ask(Host::A, "web", &pid);
+    for host in BOTH {
+        bed.ok(host, &["mkdir", "/tmp/web"]);
+        bed.ok(host, &["criu-imagectl", "open", "/tmp/web"]);
+    }
+    bed.ok(Host::A, &Bed::dump(&pid, "/tmp/web"));
+    bed.ok(Host::B, &Bed::restore("/tmp/web"));
+    bed.ok(Host::B, &["kill", "-KILL", &pid]);
+    wait_until("it is gone", || !bed.lives(Host::B, &pid));
+
+    let again = bed.run(Host::B, &Bed::restore("/tmp/web"));
+    assert!(!again.status.success(), "the directory is spent");
+    let refused = bed.run(Host::B, &["criu-imagectl", "open", "/tmp/web"]);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(why.contains("a restore has taken snapshot web"), "{why}");
+
+    bed.ok(Host::B, &["criu-imagectl", "open", "--again", "/tmp/web"]);
+    bed.ok(Host::B, &Bed::restore("/tmp/web"));
     assert_eq!(bed.ask(Host::B, "web", &pid).checksum, before.checksum);
 }
