@@ -192,7 +192,7 @@ impl<'a> Incoming<'a> {
         let Arriving { id, key, started, .. } = arriving;
         let seconds = started.elapsed().as_secs_f64();
         match self.store.complete(key) {
-            Ok(_) => {
+            Ok(()) => {
                 tracing::info!(
                     message_id = journal::SNAPSHOT_WHOLE,
                     criu_snapshot = id,

@@ -230,8 +230,9 @@ impl Store {
         self.total.set(self.total.get() + bytes);
     }
 
-    /// Everything of a snapshot has come: checks it, and makes it whole or damaged.
-    pub fn complete(&self, key: Key) -> Result<Counts, String> {
+    /// Everything of a snapshot has come: checks it, and makes it whole or damaged. The error is the
+    /// reason for the latter.
+    pub fn complete(&self, key: Key) -> Result<(), String> {
         let images = match self.snapshots.borrow().get(&key) {
             Some(Snapshot { state: State::Receiving(images), .. }) => images.clone(),
             _ => return Err(Refused::Dropped.to_string()),
@@ -241,7 +242,7 @@ impl Store {
             return Err(reason);
         }
         self.update(key, |snapshot| snapshot.end(State::Whole(images)));
-        Ok(self.snapshots.borrow().get(&key).map(Snapshot::counts).unwrap_or_default())
+        Ok(())
     }
 
     /// A snapshot cannot be completed: its bytes are given back, its reason is kept.
