@@ -4,7 +4,8 @@
 //! cargo build --release --examples && cargo bench --bench migration [-- --mib 1024 --runs 5]
 //! ```
 //!
-//! Each run takes the floor and the relay in turn, on processes of the same size:
+//! Each run takes these in turn, on processes of the same size, each time beginning with another one:
+//! whoever comes after a run finds its memory, which the machine may have given back to its host.
 //!
 //! - floor: `criu dump` to tmpfs and `criu restore` from tmpfs, on one host, no network at all;
 //! - after: `criu dump --stream` on one host, then `criu restore --stream` on the other;
@@ -54,9 +55,17 @@ fn main() {
     let (mut floors, mut after, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
     // The first run warms up the page cache and the services; it is not counted.
     for number in 0..=runs {
-        let base = floor(&bed, &format!("f{number}"), mib);
-        let one = relay(&bed, &format!("a{number}"), mib, Restore::After);
-        let other = relay(&bed, &format!("w{number}"), mib, Restore::Waiting);
+        let mut taken = [None; 3];
+        for place in 0..3 {
+            let which = (number + place) % 3;
+            let name = format!("m{number}-{which}");
+            taken[which as usize] = Some(match which {
+                0 => floor(&bed, &name, mib),
+                1 => relay(&bed, &name, mib, Restore::After),
+                _ => relay(&bed, &name, mib, Restore::Waiting),
+            });
+        }
+        let [Some(base), Some(one), Some(other)] = taken else { unreachable!() };
         let ratio = |run: Run| run.total.as_secs_f64() / base.total.as_secs_f64();
         let label = if number == 0 { "warm".to_owned() } else { number.to_string() };
         println!(
