@@ -11,13 +11,11 @@ use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::config::CacheSettings;
-use crate::criu::stream::{BadRequest, decode_request, encode_reply};
+use crate::criu::stream::{decode_request, encode_reply};
 use crate::daemon::journal;
-use crate::daemon::sessions::{
-    BadSession, Peer, Session, closed, read_request, receive_descriptor,
-};
+use crate::daemon::sessions::{BadSession, Peer, Session, closed, read_request, receive_pipe};
 use crate::store::{Claim, Images, Key, Unavailable};
-use crate::sys::pipe::{NotThatEnd, PipeWriter};
+use crate::sys::pipe::PipeWriter;
 
 use super::Cache;
 use super::fill::{Fill, Reading};
@@ -39,25 +37,6 @@ pub(super) enum Failure {
     /// CRIU, or what speaks in its place, broke the protocol.
     #[error("{0}")]
     Session(#[from] BadSession),
-    /// Its request cannot be understood.
-    #[error("{0}")]
-    Request(#[from] BadRequest),
-    /// It passed no usable descriptor for an image.
-    #[error("image {name}: {cause}")]
-    Descriptor {
-        /// The image.
-        name: String,
-        /// What came instead.
-        cause: BadSession,
-    },
-    /// It passed something else than the write end of a pipe.
-    #[error("image {name}: {cause}")]
-    Pipe {
-        /// The image.
-        name: String,
-        /// What it was.
-        cause: NotThatEnd,
-    },
     /// There is nothing to serve an image with. Its pipe must not just be closed: that would look
     /// like the image's end.
     #[error("image {name} cannot be served: {cause}")]
@@ -170,7 +149,7 @@ impl Restore<'_> {
     async fn run(&mut self, source: Source) -> Result<(), Failure> {
         let patience = self.settings.sessions.request_timeout;
         while let Some(request) = read_request(&mut self.socket, patience).await? {
-            let name = decode_request(&request)?;
+            let name = decode_request(&request).map_err(BadSession::from)?;
             let images = self.images(source).await?;
             self.answer(&images, &name, patience).await?;
         }
@@ -218,11 +197,7 @@ impl Restore<'_> {
             tracing::trace!("there is no image {name}");
             return Ok(());
         };
-        let descriptor = receive_descriptor(&self.socket, patience)
-            .await
-            .map_err(|cause| Failure::Descriptor { name: name.to_owned(), cause })?;
-        let pipe = PipeWriter::adopt(descriptor)
-            .map_err(|cause| Failure::Pipe { name: name.to_owned(), cause })?;
+        let pipe = receive_pipe(&self.socket, name, patience, PipeWriter::adopt).await?;
         let pipe_size = usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX);
         let served = |cause| Failure::Image { name: name.to_owned(), cause };
         let fill = Fill::begin(pipe, image.clone(), pipe_size, &self.reading).map_err(served)?;

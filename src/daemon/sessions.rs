@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use super::journal;
 use crate::criu::stream::{BadRequest, HEADER_LEN, request_len};
+use crate::sys::pipe::NotThatEnd;
 use crate::sys::scm;
 
 /// How often a peer that spoke out of turn is looked at.
@@ -94,6 +95,14 @@ pub enum BadSession {
     /// The rest of a request did not come in time.
     #[error("the rest of a request did not come within {0:?}")]
     Late(Duration),
+    /// What came with a request is not the end of a pipe that it has to be.
+    #[error("image {name}: {cause}")]
+    Pipe {
+        /// The image.
+        name: String,
+        /// What came instead.
+        cause: String,
+    },
     /// No usable descriptor came, or the socket failed.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -125,8 +134,21 @@ pub async fn read_request(
     }
 }
 
-/// Receives the pipe's end that belongs to the request before.
-pub async fn receive_descriptor(
+/// Receives the end of a pipe that belongs to the request for the image `name`; `adopt` checks that
+/// it is the right one.
+pub async fn receive_pipe<T>(
+    socket: &UnixStream,
+    name: &str,
+    patience: Duration,
+    adopt: impl FnOnce(OwnedFd) -> Result<T, NotThatEnd>,
+) -> Result<T, BadSession> {
+    let bad = |cause: String| BadSession::Pipe { name: name.to_owned(), cause };
+    let descriptor = receive_descriptor(socket, patience).await;
+    let descriptor = descriptor.map_err(|cause| bad(cause.to_string()))?;
+    adopt(descriptor).map_err(|cause| bad(cause.to_string()))
+}
+
+async fn receive_descriptor(
     socket: &UnixStream,
     patience: Duration,
 ) -> Result<OwnedFd, BadSession> {

@@ -17,7 +17,6 @@ use crate::criu::capture::{Capture, Outcome};
 use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
 use crate::sys::clock::now_ms;
-use crate::sys::pipe::PipeReader;
 
 use super::Proxy;
 use super::connection::{Fate, Upload};
@@ -202,10 +201,8 @@ impl Dump<'_> {
         images: &mut JoinSet<Result<String, Failure>>,
         request: Request,
     ) -> Result<(), Failure> {
-        let (name, descriptor) = request?;
+        let (name, pipe) = request?;
         capture.open(&name)?;
-        let pipe = PipeReader::adopt(descriptor)
-            .map_err(|cause| Failure::Pipe { name: name.clone(), cause })?;
         self.record.begin_image(&name);
         self.written.set(Instant::now());
         let image = upload.begin_image(&name).await;

@@ -1,19 +1,18 @@
-//! CRIU's requests during a dump, each with the descriptor that belongs to it.
+//! CRIU's requests during a dump, each with the pipe that belongs to it.
 
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::failure::Failure;
 use crate::config::SessionSettings;
 use crate::criu::stream::decode_request;
-use crate::daemon::sessions::{read_request, receive_descriptor};
+use crate::daemon::sessions::{BadSession, read_request, receive_pipe};
+use crate::sys::pipe::PipeReader;
 
 /// An image that CRIU opens, and the pipe that it passed.
-pub(super) type Request = Result<(String, OwnedFd), Failure>;
+pub(super) type Request = Result<(String, PipeReader), BadSession>;
 
 /// CRIU's requests, read by a task of their own so that waiting for the next can be given up at any
 /// point without losing a part of it.
@@ -34,7 +33,7 @@ impl Requests {
                 let request = match read_request(&mut socket, patience).await {
                     Ok(None) => return,
                     Ok(Some(request)) => opened(&socket, &request, patience).await,
-                    Err(error) => Err(error.into()),
+                    Err(error) => Err(error),
                 };
                 let over = request.is_err();
                 if sender.send(request).await.is_err() || over {
@@ -45,17 +44,15 @@ impl Requests {
         Requests { requests, _reader: reader }
     }
 
-    /// The next request with its descriptor; `None` when CRIU has closed the socket.
+    /// The next request with its pipe; `None` when CRIU has closed the socket.
     pub(super) async fn next(&mut self) -> Option<Request> {
         self.requests.recv().await
     }
 }
 
-/// The image that a request opens, and the descriptor that comes after it.
+/// The image that a request opens, and the pipe that comes after it.
 async fn opened(socket: &UnixStream, request: &[u8], patience: Duration) -> Request {
     let name = decode_request(request)?;
-    match receive_descriptor(socket, patience).await {
-        Ok(descriptor) => Ok((name, descriptor)),
-        Err(cause) => Err(Failure::Descriptor { name, cause }),
-    }
+    let pipe = receive_pipe(socket, &name, patience, PipeReader::adopt).await?;
+    Ok((name, pipe))
 }
