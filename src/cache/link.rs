@@ -21,8 +21,6 @@ use crate::wire::receiver::{Limits, Violation};
 use super::Cache;
 use super::incoming::Incoming;
 
-/// A peer is gone when it was silent for this many keep-alive intervals.
-const SILENT_INTERVALS: u32 = 3;
 /// More than an unprivileged user is granted is not asked for.
 const PIPES: Pipes = Pipes { incoming: 1 << 20, outgoing: DEFAULT_CAPACITY };
 /// Snapshots under way at once on one link.
@@ -65,8 +63,7 @@ pub(super) async fn serve(cache: &Cache, stream: TcpStream, address: SocketAddr)
     let span = tracing::info_span!("link", criu_peer = %address);
     async {
         let settings = cache.settings();
-        let patience = settings.link.keep_alive * SILENT_INTERVALS;
-        let (mut reader, mut writer) = match lane::split(stream, PIPES, patience) {
+        let (mut reader, mut writer) = match lane::split(stream, PIPES, settings.link.keep_alive) {
             Ok(halves) => halves,
             Err(error) => {
                 tracing::warn!("a link from {address} cannot be served: {error}");

@@ -21,8 +21,6 @@ use super::connection::Connection;
 /// The first pause between two attempts to connect; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
-/// A peer is gone when it was silent for this many keep-alive intervals.
-const SILENT_INTERVALS: u32 = 3;
 
 /// Every link of the proxy.
 #[derive(Debug)]
@@ -199,9 +197,8 @@ async fn attempt(
         let stream = TcpStream::connect(&addresses[..]).await.map_err(|error| error.to_string())?;
         let outgoing = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
         let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing };
-        let patience = settings.link.keep_alive * SILENT_INTERVALS;
-        let (mut reader, mut writer) =
-            lane::split(stream, pipes, patience).map_err(|error| error.to_string())?;
+        let (mut reader, mut writer) = lane::split(stream, pipes, settings.link.keep_alive)
+            .map_err(|error| error.to_string())?;
         let cache = shake_hands(&mut reader, &mut writer, name).await?;
         Ok((reader, writer, cache))
     };

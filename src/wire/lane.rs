@@ -19,6 +19,8 @@ use crate::sys::pipe::{Pipe, transfer, transfer_to_file};
 
 pub use crate::sys::pipe::DEFAULT_CAPACITY;
 
+/// A peer is gone when it was silent for this many keep-alive intervals.
+const SILENT_INTERVALS: u32 = 3;
 /// How often a peer that nothing is read from is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -55,9 +57,14 @@ pub struct Pipes {
     pub outgoing: usize,
 }
 
-/// Splits a connection into its two directions. `patience` is how long the peer may be silent.
-pub fn split(stream: TcpStream, pipes: Pipes, patience: Duration) -> io::Result<(Reader, Writer)> {
+/// Splits a connection into its two directions. Both sides send a sign of life every `keep_alive`.
+pub fn split(
+    stream: TcpStream,
+    pipes: Pipes,
+    keep_alive: Duration,
+) -> io::Result<(Reader, Writer)> {
     stream.set_nodelay(true)?;
+    let patience = keep_alive * SILENT_INTERVALS;
     let stream = Arc::new(stream);
     let reader = Reader { stream: stream.clone(), pipe: Pipe::new(pipes.incoming)?, patience };
     Ok((reader, Writer { stream, pipe: Pipe::new(pipes.outgoing)? }))
