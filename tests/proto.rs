@@ -9,7 +9,8 @@ use std::path::Path;
 #[test]
 fn the_checked_in_code_is_what_the_proto_files_give() {
     for (proto, package, checked_in) in [
-        ("stream.proto", "criu.stream", "src/criu/generated.rs"),
+        ("stream.proto", "criu.stream", "src/criu/generated/stream.rs"),
+        ("remote.proto", "criu.relay.remote", "src/criu/generated/remote.rs"),
         ("link.proto", "criu.relay.link", "src/wire/generated.rs"),
     ] {
         let made = generate(proto, package);

@@ -6,18 +6,25 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::Cache;
+use super::answers::Answer;
 use super::link::Over;
+use super::regions;
 use crate::daemon::journal;
 use crate::daemon::sessions::Session;
 use crate::store::{Image, Key, Store};
 use crate::wire::lane::{LaneError, Reader};
-use crate::wire::message::{Message, SnapshotAck};
+use crate::wire::message::{
+    ImageAck, ImageReady, Message, RegionRequest, SnapshotAck, SnapshotReady,
+};
 use crate::wire::receiver::{Action, Limits, Receiver};
 
 /// Why a snapshot ends that is not listed any more.
 const DROPPED: &str = "it was dropped by the operator";
+/// Regions that a proxy waits for at once.
+const REGIONS: usize = 1024;
 
 /// The incoming direction.
 pub(super) struct Incoming<'a> {
@@ -26,7 +33,8 @@ pub(super) struct Incoming<'a> {
     peer: &'a str,
     receiver: Receiver,
     snapshots: HashMap<u32, Arriving>,
-    replies: mpsc::Sender<Message>,
+    replies: mpsc::Sender<Answer>,
+    regions: JoinSet<()>,
     /// Whether an answer had to be left out: the peer does not read.
     deaf: bool,
 }
@@ -46,11 +54,12 @@ impl<'a> Incoming<'a> {
         cache: &'a Cache,
         peer: &'a str,
         limits: Limits,
-        replies: mpsc::Sender<Message>,
+        replies: mpsc::Sender<Answer>,
     ) -> Incoming<'a> {
         let receiver = Receiver::new(limits);
         let (store, snapshots) = (&*cache.store, HashMap::new());
-        Incoming { cache, store, peer, receiver, snapshots, replies, deaf: false }
+        let regions = JoinSet::new();
+        Incoming { cache, store, peer, receiver, snapshots, replies, regions, deaf: false }
     }
 
     /// Receives until the link is over; says why it is.
@@ -76,21 +85,26 @@ impl<'a> Incoming<'a> {
     ) -> Result<(), Over> {
         match self.receiver.receive(message, len)? {
             Action::Nothing => {}
-            Action::Begin { snapshot, id } => self.begin(snapshot, id),
-            Action::BeginImage { snapshot, image, name } => {
-                self.begin_image(reader, snapshot, image, &name).await?;
+            Action::Begin { snapshot, id, named } => self.begin(snapshot, id, named),
+            Action::List { snapshot, list } => self.append_to_list(snapshot, &list),
+            Action::BeginImage { snapshot, image, name, append } => {
+                self.begin_image(reader, snapshot, image, &name, append).await?;
             }
             Action::Append { snapshot, image } => {
                 return self.append(reader, snapshot, image, len).await;
             }
             Action::Discard => reader.discard(len).await?,
-            Action::EndImage { snapshot, image } => {
+            Action::EndImage { snapshot, image, size } => {
                 let arriving = self.snapshots.get_mut(&snapshot);
-                if let Some(image) = arriving.and_then(|arriving| arriving.images.remove(&image)) {
-                    image.end();
+                if let Some(ended) = arriving.and_then(|arriving| arriving.images.remove(&image)) {
+                    ended.end();
+                    self.answer(Message::ImageAck(ImageAck { snapshot, image, size }));
                 }
             }
-            Action::Complete { snapshot, images, bytes } => self.complete(snapshot, images, bytes),
+            Action::Region(request) => self.region(request)?,
+            Action::Complete { snapshot, images, bytes, partial } => {
+                self.complete(snapshot, (images, bytes), partial);
+            }
             Action::Damaged { snapshot, reason, by_peer } => {
                 self.fail(snapshot, &reason, !by_peer);
             }
@@ -99,13 +113,17 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
-    fn begin(&mut self, snapshot: u32, id: String) {
+    fn begin(&mut self, snapshot: u32, id: String, named: bool) {
         match self.store.begin(&id, self.peer) {
             Ok(key) => {
+                if named {
+                    self.store.reserve(key);
+                }
                 let (images, started) = (HashMap::new(), Instant::now());
                 let busy = self.cache.links.busy.enter();
                 let arriving = Arriving { id, key, images, started, _busy: busy };
                 self.snapshots.insert(snapshot, arriving);
+                self.answer(Message::SnapshotReady(SnapshotReady { snapshot }));
             }
             Err(refused) => {
                 let message_id = journal::SNAPSHOT_DAMAGED;
@@ -119,16 +137,25 @@ impl<'a> Incoming<'a> {
         }
     }
 
+    fn append_to_list(&mut self, snapshot: u32, list: &str) {
+        let Some(arriving) = self.snapshots.get(&snapshot) else { return };
+        match self.store.append_to_list(arriving.key, list) {
+            Ok(()) => self.answer(Message::SnapshotReady(SnapshotReady { snapshot })),
+            Err(refused) => self.fail(snapshot, &refused.to_string(), true),
+        }
+    }
+
     async fn begin_image(
         &mut self,
         reader: &Reader,
         snapshot: u32,
         image: u32,
         name: &str,
+        append: bool,
     ) -> Result<(), Over> {
         let Some(arriving) = self.snapshots.get_mut(&snapshot) else { return Ok(()) };
         let key = arriving.key;
-        let begun = match self.store.begin_image(key, name) {
+        let begun = match self.store.begin_image(key, name, append) {
             Ok(begun) => begun,
             Err(refused) => {
                 self.fail(snapshot, &refused.to_string(), true);
@@ -136,9 +163,25 @@ impl<'a> Incoming<'a> {
             }
         };
         arriving.images.insert(image, begun.clone());
-        if let Err(reason) = self.charge(reader, key, &begun, 0).await? {
-            self.fail(snapshot, &reason, true);
+        match self.charge(reader, key, &begun, 0).await? {
+            Ok(()) => self.answer(Message::ImageReady(ImageReady { snapshot, image })),
+            Err(reason) => self.fail(snapshot, &reason, true),
         }
+        Ok(())
+    }
+
+    /// A part of an image is asked for: it is answered when the image has ended, and by then much else
+    /// may have come.
+    fn region(&mut self, request: RegionRequest) -> Result<(), Over> {
+        while self.regions.try_join_next().is_some() {}
+        if self.regions.len() >= REGIONS {
+            return Err(Over::Refused(format!("it waits for more than {REGIONS} regions at once")));
+        }
+        let (store, replies) = (self.cache.store.clone(), self.replies.clone());
+        self.regions.spawn_local(async move {
+            // Without room in the queue the answer waits: who asked waits, too.
+            let _ = replies.send(regions::answer(&store, &request).await).await;
+        });
         Ok(())
     }
 
@@ -187,11 +230,11 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
-    fn complete(&mut self, snapshot: u32, images: u64, bytes: u64) {
+    fn complete(&mut self, snapshot: u32, (images, bytes): (u64, u64), partial: bool) {
         let Some(arriving) = self.snapshots.remove(&snapshot) else { return };
         let Arriving { id, key, started, .. } = arriving;
         let seconds = started.elapsed().as_secs_f64();
-        match self.store.complete(key) {
+        match self.store.complete(key, partial) {
             Ok(()) => {
                 tracing::info!(
                     message_id = journal::SNAPSHOT_WHOLE,
@@ -235,7 +278,7 @@ impl<'a> Incoming<'a> {
     }
 
     fn answer(&mut self, answer: Message) {
-        self.deaf |= self.replies.try_send(answer).is_err();
+        self.deaf |= self.replies.try_send(Answer::Message(answer)).is_err();
     }
 
     fn tell_damaged(&self, id: &str, reason: &str) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::time::{interval, timeout};
+use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::config::CacheSettings;
@@ -15,10 +15,11 @@ use crate::daemon::journal;
 use crate::sys::clock::host_name;
 use crate::wire::frame::BadFrame;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
-use crate::wire::message::{KeepAlive, Message, Welcome};
+use crate::wire::message::{Message, Welcome};
 use crate::wire::receiver::{Limits, Violation};
 
 use super::Cache;
+use super::answers::Answers;
 use super::incoming::Incoming;
 
 /// More than an unprivileged user is granted is not asked for.
@@ -144,53 +145,21 @@ async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Wr
     let (replies, queue) = mpsc::channel(ANSWERS);
     let limits = Limits { images: settings.store.max_images, snapshots: SNAPSHOTS };
     let mut incoming = Incoming::new(cache, peer, limits, replies);
-    let mut answers = Answers { writer, queue, keep_alive: settings.link.keep_alive };
+    let mut answers = Answers::new(writer, queue, settings.link.keep_alive);
     let over = tokio::select! {
         over = incoming.receive(reader) => over,
-        over = answers.send() => over,
+        error = answers.send() => error.into(),
     };
     let lost = incoming.abandon(&format!("the link from {peer} ended: {over}"));
     let message_id = journal::LINK_LOST;
     if over.is_fault() {
         tracing::warn!(message_id = journal::PEER_REFUSED, "link from {peer} ended: {over}");
         if timeout(FAREWELL, answers.flush()).await.is_ok() {
-            farewell(&mut answers.writer, &over).await;
+            farewell(answers.writer(), &over).await;
         }
     } else if lost > 0 {
         tracing::warn!(message_id, "link from {peer} lost with {lost} snapshots under way: {over}");
     } else {
         tracing::info!(message_id, "idle link from {peer} ended: {over}");
-    }
-}
-
-/// The outgoing direction: acknowledgements, aborts, and a sign of life now and then. It goes on
-/// while the incoming direction waits for the quota.
-struct Answers {
-    writer: Writer,
-    queue: mpsc::Receiver<Message>,
-    keep_alive: Duration,
-}
-
-impl Answers {
-    async fn send(&mut self) -> Over {
-        let mut pulse = interval(self.keep_alive);
-        loop {
-            let message = tokio::select! {
-                Some(message) = self.queue.recv() => message,
-                _ = pulse.tick() => Message::KeepAlive(KeepAlive {}),
-            };
-            if let Err(error) = self.writer.send(&message).await {
-                return Over::Lane(error.into());
-            }
-        }
-    }
-
-    /// What was to be said before the end.
-    async fn flush(&mut self) {
-        while let Ok(message) = self.queue.try_recv() {
-            if self.writer.send(&message).await.is_err() {
-                return;
-            }
-        }
     }
 }

@@ -1,14 +1,17 @@
 //! The destination host: links from proxies come in, CRIU's restores are served.
 //!
-//! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it.
+//! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it,
+//!   `answers` what goes back, `regions` the parts of images that it asks for.
 //! - [`restore`]: one CRIU run, as a list of phases; `fill` is an image on its way out.
 
 pub mod link;
 pub mod restore;
 
+mod answers;
 mod control;
 mod fill;
 mod incoming;
+mod regions;
 
 use std::cell::{Cell, RefCell};
 use std::io;

@@ -21,7 +21,7 @@ use super::calls::{
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
 use super::{Backend, DESCRIPTION, INTERFACE, Open, Reading, Refusal};
-use crate::criu::stream::check_name;
+use crate::criu::names::check_name;
 use crate::daemon::sessions::Peer;
 
 /// A peer that says nothing for so long is disconnected: its place is wanted.

@@ -3,7 +3,8 @@
 
 use prost::Message;
 
-use super::generated;
+use super::generated::stream as generated;
+use super::names::{BadName, check_name};
 
 /// The socket in the work-dir that a dump connects to.
 pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";
@@ -14,8 +15,6 @@ pub const SERVE_SOCKET: &str = "streamer-serve.sock";
 pub const HEADER_LEN: usize = 4;
 /// No request is longer than this, in bytes.
 pub const REQUEST_MAX: usize = 4096;
-/// No image name is longer than this, in bytes: it has to work as a file name.
-pub const NAME_MAX: usize = 255;
 
 /// What is wrong with a request. The session ends; nothing else does.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -27,13 +26,8 @@ pub enum BadRequest {
     #[error("a request that is not a protobuf img_streamer_request_entry: {0}")]
     NotARequest(String),
     /// The image name cannot be a file's name.
-    #[error("a bad image name {name:?}: {why}")]
-    BadName {
-        /// The name as it came.
-        name: String,
-        /// What is wrong with it.
-        why: &'static str,
-    },
+    #[error("{0}")]
+    BadName(#[from] BadName),
 }
 
 /// Decodes the length that precedes a request.
@@ -72,32 +66,6 @@ fn with_len(message: &impl Message) -> Vec<u8> {
     bytes
 }
 
-/// Checks a name that a peer gave for an image or a snapshot: it must be usable as the name of a
-/// file in one directory, since `extract` makes it one.
-pub fn check_name(name: &str) -> Result<(), BadRequest> {
-    let why = if name.is_empty() {
-        "it is empty"
-    } else if name.len() > NAME_MAX {
-        "it is longer than 255 bytes"
-    } else if name.contains('/') {
-        "it contains a slash"
-    } else if name.contains("..") {
-        "it contains two dots in a row"
-    } else if name == "." {
-        "it names a directory"
-    } else if name.chars().any(char::is_control) {
-        "it contains a NUL or another control character"
-    } else {
-        return Ok(());
-    };
-    Err(BadRequest::BadName { name: shown(name), why })
-}
-
-/// As much of a refused name as belongs into a log line.
-fn shown(name: &str) -> String {
-    name.chars().take(64).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,20 +88,8 @@ mod tests {
     }
 
     #[test]
-    fn names_that_could_leave_a_directory_are_refused() {
-        for bad in ["", ".", "..", "a/b", "/etc/passwd", "../x", "a..b", "a\0b", "a\nb"] {
-            assert!(check_name(bad).is_err(), "{bad:?}");
-        }
-        assert!(check_name(&"x".repeat(256)).is_err());
-        assert!(check_name(&"x".repeat(255)).is_ok());
-        for good in ["core-7.img", "pages-1.img", "tmpfs-dev-52.tar.gz.img"] {
-            assert!(check_name(good).is_ok(), "{good}");
-        }
-    }
-
-    #[test]
     fn a_request_without_a_name_or_with_torn_bytes_is_refused() {
-        assert!(matches!(decode_request(b""), Err(BadRequest::BadName { .. })));
+        assert!(matches!(decode_request(b""), Err(BadRequest::BadName(_))));
         assert!(matches!(decode_request(b"\x0a\x0acore"), Err(BadRequest::NotARequest(_))));
         assert!(matches!(decode_request(b"\x0a\x01\xff"), Err(BadRequest::NotARequest(_))));
     }

@@ -16,7 +16,7 @@ use super::reach;
 use super::stream::{Session, is_end};
 use crate::control::Reading;
 use crate::control::model::{Image, Role, Snapshot, SnapshotState};
-use crate::criu::stream::check_name;
+use crate::criu::names::check_name;
 
 /// Extracts, or leaves nothing behind.
 pub(super) async fn run(daemon: &Daemon, output: Output, extract: &Extract) -> Result<(), Failure> {

@@ -16,7 +16,7 @@ use super::stream::{Session, is_end};
 use crate::control::model::{Role, Snapshot, SnapshotState};
 use crate::control::{Client, ClientError, Reading};
 use crate::criu::images::INVENTORY;
-use crate::criu::stream::check_name;
+use crate::criu::names::check_name;
 
 /// How long the proxy has to tell what became of a session.
 const TOLD_WITHIN: Duration = Duration::from_secs(5);

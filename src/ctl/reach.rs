@@ -7,7 +7,7 @@ use super::cli::Daemon;
 use super::exit::{Exit, Failure};
 use crate::control::model::Role;
 use crate::control::{CACHE_SOCKET, Client, PROXY_SOCKET};
-use crate::criu::stream::check_name;
+use crate::criu::names::check_name;
 
 /// The sockets of every daemon that is asked: the named one, or those that exist.
 pub(super) fn all(daemon: &Daemon) -> Result<Vec<PathBuf>, Failure> {

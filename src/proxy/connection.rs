@@ -8,47 +8,38 @@ use std::rc::Rc;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{interval, timeout};
 
+use super::upload::{Chunk, Fate, Told, Upload};
 use crate::config::LinkSettings;
-use crate::sys::pipe::PipeReader;
-use crate::wire::lane::{Reader, Writer};
-use crate::wire::message::{KeepAlive, Message};
+use crate::sys::ends::Source;
+use crate::wire::lane::{LaneError, Reader, Writer};
+use crate::wire::message::{KeepAlive, Message, Region, RegionRequest};
 use crate::wire::sender::{Said, Sender, said};
 
 /// How many commands may wait for the lane. Each image has at most one chunk under way.
 const QUEUE: usize = 64;
 
-/// What becomes of a snapshot at the cache.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fate {
-    /// It is under way.
-    Open,
-    /// The cache has it.
-    Acknowledged {
-        /// Images that the cache has.
-        images: u64,
-        /// Bytes that the cache has.
-        bytes: u64,
-    },
-    /// It never will have it, and why.
-    Lost(String),
-}
-
 /// What the lane is told to do next.
 #[derive(Debug)]
-enum Command {
+pub(super) enum Command {
     Begin {
         snapshot: u32,
         id: String,
+        named: bool,
+    },
+    List {
+        snapshot: u32,
+        list: String,
     },
     BeginImage {
         snapshot: u32,
         image: u32,
         name: String,
+        append: bool,
     },
     Chunk {
         snapshot: u32,
         image: u32,
-        pipe: Rc<PipeReader>,
+        source: Rc<Source>,
         moved: oneshot::Sender<io::Result<Chunk>>,
     },
     EndImage {
@@ -57,30 +48,34 @@ enum Command {
     },
     End {
         snapshot: u32,
+        partial: bool,
     },
     Abort {
         snapshot: u32,
         reason: String,
     },
+    Region(RegionRequest),
 }
 
-/// What came of a look into an image's pipe.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Chunk {
-    /// So many bytes were sent.
-    Moved(u64),
-    /// Nothing was there yet.
-    NotYet,
-    /// The image has ended.
-    End,
+/// Those who wait for what the cache says.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// What becomes of each snapshot.
+    fates: HashMap<u32, watch::Sender<Fate>>,
+    /// How often the cache said that it is ready for a snapshot.
+    ready: HashMap<u32, watch::Sender<u64>>,
+    /// The images whose writers want to know.
+    images: HashMap<(u32, u32), mpsc::UnboundedSender<Told>>,
+    regions: HashMap<u32, oneshot::Sender<(Region, Vec<u8>)>>,
 }
 
 /// A link that is up. Snapshots share it.
 #[derive(Debug)]
 pub struct Connection {
     commands: mpsc::Sender<Command>,
-    fates: RefCell<HashMap<u32, watch::Sender<Fate>>>,
+    waiting: RefCell<Waiting>,
     next: Cell<u32>,
+    next_region: Cell<u32>,
     closed: Cell<bool>,
 }
 
@@ -95,8 +90,9 @@ impl Connection {
         let (commands, queue) = mpsc::channel(QUEUE);
         let connection = Rc::new(Connection {
             commands,
-            fates: RefCell::default(),
+            waiting: RefCell::default(),
             next: Cell::new(0),
+            next_region: Cell::new(0),
             closed: Cell::new(false),
         });
         let shared = connection.clone();
@@ -110,15 +106,38 @@ impl Connection {
         (connection, over)
     }
 
-    /// Begins a snapshot.
-    pub async fn begin(self: &Rc<Self>, id: &str) -> Upload {
+    /// Begins a snapshot. One that is `named` is kept for those who ask for it by its id.
+    pub async fn begin(self: &Rc<Self>, id: &str, named: bool) -> Upload {
         let snapshot = self.next.replace(self.next.get().wrapping_add(1));
-        let sender = watch::Sender::new(Fate::Open);
-        let fate = sender.subscribe();
-        self.fates.borrow_mut().insert(snapshot, sender);
-        let upload = Upload { connection: self.clone(), snapshot, next_image: Cell::new(0), fate };
-        upload.tell(Command::Begin { snapshot, id: id.to_owned() }).await;
+        let (fate_sender, ready_sender) = (watch::Sender::new(Fate::Open), watch::Sender::new(0));
+        let (fate, ready) = (fate_sender.subscribe(), ready_sender.subscribe());
+        {
+            let mut waiting = self.waiting.borrow_mut();
+            waiting.fates.insert(snapshot, fate_sender);
+            waiting.ready.insert(snapshot, ready_sender);
+        }
+        let upload = Upload::new(self.clone(), snapshot, fate, ready);
+        self.tell(Command::Begin { snapshot, id: id.to_owned(), named }).await;
         upload
+    }
+
+    /// Asks for a part of an image that the cache has. `None` when the link breaks meanwhile.
+    pub async fn region(
+        &self,
+        snapshot_id: &str,
+        name: &str,
+        offset: u64,
+        len: u32,
+    ) -> Option<(Region, Vec<u8>)> {
+        let request = self.next_region.replace(self.next_region.get().wrapping_add(1));
+        let (sender, answer) = oneshot::channel();
+        self.waiting.borrow_mut().regions.insert(request, sender);
+        let (snapshot_id, name) = (snapshot_id.to_owned(), name.to_owned());
+        self.tell(Command::Region(RegionRequest { request, snapshot_id, name, offset, len })).await;
+        if self.is_closed() {
+            return None;
+        }
+        answer.await.ok()
     }
 
     /// Whether it is over.
@@ -129,17 +148,80 @@ impl Connection {
     /// Every snapshot under way is lost; returns how many.
     pub(super) fn close(&self, why: &str) -> usize {
         self.closed.set(true);
-        let fates = std::mem::take(&mut *self.fates.borrow_mut());
-        for fate in fates.values() {
+        let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
+        for fate in waiting.fates.values() {
             settle(fate, Fate::Lost(why.to_owned()));
         }
-        fates.len()
+        waiting.fates.len()
     }
 
-    fn settle(&self, snapshot: u32, outcome: Fate) {
-        if let Some(fate) = self.fates.borrow_mut().remove(&snapshot) {
+    pub(super) fn settle(&self, snapshot: u32, outcome: Fate) {
+        if let Some(fate) = self.waiting.borrow_mut().fates.remove(&snapshot) {
             settle(&fate, outcome);
         }
+    }
+
+    /// What the cache says of an image from now on.
+    pub(super) fn watch_image(&self, snapshot: u32, image: u32) -> mpsc::UnboundedReceiver<Told> {
+        let (sender, told) = mpsc::unbounded_channel();
+        self.waiting.borrow_mut().images.insert((snapshot, image), sender);
+        told
+    }
+
+    /// Nobody waits for word of a snapshot any more.
+    pub(super) fn forget(&self, snapshot: u32) {
+        let mut waiting = self.waiting.borrow_mut();
+        waiting.fates.remove(&snapshot);
+        waiting.ready.remove(&snapshot);
+        waiting.images.retain(|(of, _), _| *of != snapshot);
+    }
+
+    /// Has the lane do something. On a connection that has broken it goes nowhere.
+    pub(super) async fn tell(&self, command: Command) {
+        let _ = self.commands.send(command).await;
+    }
+
+    /// The same without waiting, for those that cannot.
+    pub(super) fn try_tell(&self, command: Command) {
+        let _ = self.commands.try_send(command);
+    }
+
+    fn hear(&self, said: Said) -> Result<(), String> {
+        let mut waiting = self.waiting.borrow_mut();
+        match said {
+            Said::Nothing | Said::Region(_) => {}
+            Said::Ready { snapshot } => {
+                if let Some(ready) = waiting.ready.get(&snapshot) {
+                    ready.send_modify(|times| *times += 1);
+                }
+            }
+            Said::ImageReady { snapshot, image } => {
+                if let Some(told) = waiting.images.get(&(snapshot, image)) {
+                    let _ = told.send(Told::Ready);
+                }
+            }
+            Said::ImageAcknowledged { snapshot, image } => {
+                if let Some(told) = waiting.images.remove(&(snapshot, image)) {
+                    let _ = told.send(Told::Acknowledged);
+                }
+            }
+            Said::Acknowledged { snapshot, images, bytes } => {
+                drop(waiting);
+                self.settle(snapshot, Fate::Acknowledged { images, bytes });
+            }
+            Said::Refused { snapshot, reason } => {
+                drop(waiting);
+                self.settle(snapshot, Fate::Lost(format!("the cache gave it up: {reason}")));
+            }
+            Said::Goodbye(reason) => return Err(format!("the cache ended it: {reason}")),
+        }
+        Ok(())
+    }
+
+    /// A region has come: who asked for it gets it, if they are still there.
+    fn deliver(&self, region: Region, bytes: Vec<u8>) {
+        let asked = self.waiting.borrow_mut().regions.remove(&region.request);
+        let _ = asked.map(|asked| asked.send((region, bytes)));
     }
 }
 
@@ -153,96 +235,25 @@ fn settle(fate: &watch::Sender<Fate>, outcome: Fate) {
     });
 }
 
-/// One snapshot on its way to the cache. What is told to a connection that has broken goes nowhere:
-/// the [fate](Upload::fate) tells.
-#[derive(Debug)]
-pub struct Upload {
-    connection: Rc<Connection>,
-    snapshot: u32,
-    next_image: Cell<u32>,
-    fate: watch::Receiver<Fate>,
-}
-
-impl Upload {
-    /// Begins an image; the number is for the calls that follow.
-    pub async fn begin_image(&self, name: &str) -> u32 {
-        let image = self.next_image.replace(self.next_image.get().wrapping_add(1));
-        let (snapshot, name) = (self.snapshot, name.to_owned());
-        self.tell(Command::BeginImage { snapshot, image, name }).await;
-        image
-    }
-
-    /// Sends what is in the pipe, at most one chunk.
-    pub async fn chunk(&self, image: u32, pipe: &Rc<PipeReader>) -> io::Result<Chunk> {
-        let (moved, outcome) = oneshot::channel();
-        let (snapshot, pipe) = (self.snapshot, pipe.clone());
-        self.tell(Command::Chunk { snapshot, image, pipe, moved }).await;
-        outcome.await.unwrap_or_else(|_| Err(io::ErrorKind::ConnectionAborted.into()))
-    }
-
-    /// Ends an image.
-    pub async fn end_image(&self, image: u32) {
-        self.tell(Command::EndImage { snapshot: self.snapshot, image }).await;
-    }
-
-    /// Ends the snapshot: all was sent.
-    pub async fn end(&self) {
-        self.tell(Command::End { snapshot: self.snapshot }).await;
-    }
-
-    /// Gives the snapshot up.
-    pub async fn abort(&self, reason: &str) {
-        self.connection.settle(self.snapshot, Fate::Lost(reason.to_owned()));
-        let reason = reason.to_owned();
-        self.tell(Command::Abort { snapshot: self.snapshot, reason }).await;
-    }
-
-    /// Waits until the cache has acknowledged the snapshot or lost it.
-    pub async fn fate(&self) -> Fate {
-        let mut fate = self.fate.clone();
-        match fate.wait_for(|fate| *fate != Fate::Open).await {
-            Ok(settled) => settled.clone(),
-            Err(_) => Fate::Lost("the link has ended".to_owned()),
-        }
-    }
-
-    async fn tell(&self, command: Command) {
-        let _ = self.connection.commands.send(command).await;
-    }
-}
-
-impl Drop for Upload {
-    fn drop(&mut self) {
-        // A session that was torn down has told nobody: the cache need not wait for its link's end.
-        if *self.fate.borrow() == Fate::Open {
-            let reason = "the session at the proxy was torn down".to_owned();
-            let _ = self
-                .connection
-                .commands
-                .try_send(Command::Abort { snapshot: self.snapshot, reason });
-        }
-        self.connection.fates.borrow_mut().remove(&self.snapshot);
-    }
-}
-
 /// The receiving task. Returns why the connection is over.
 async fn receive(mut reader: Reader, connection: &Connection) -> String {
     loop {
-        let heard = match reader.receive().await {
-            Ok((message, _)) => said(message),
-            Err(error) => return error.to_string(),
-        };
-        match heard {
-            Ok(Said::Nothing) => {}
-            Ok(Said::Acknowledged { snapshot, images, bytes }) => {
-                connection.settle(snapshot, Fate::Acknowledged { images, bytes });
-            }
-            Ok(Said::Refused { snapshot, reason }) => {
-                connection.settle(snapshot, Fate::Lost(format!("the cache gave it up: {reason}")));
-            }
-            Ok(Said::Goodbye(reason)) => return format!("the cache ended it: {reason}"),
-            Err(error) => return format!("the cache broke the protocol: {error}"),
+        if let Err(why) = receive_one(&mut reader, connection).await {
+            return why;
         }
+    }
+}
+
+async fn receive_one(reader: &mut Reader, connection: &Connection) -> Result<(), String> {
+    let text = |error: LaneError| error.to_string();
+    let (message, len) = reader.receive().await.map_err(text)?;
+    match said(message).map_err(|error| format!("the cache broke the protocol: {error}"))? {
+        Said::Region(region) => {
+            let bytes = reader.payload_to_memory(len).await.map_err(text)?;
+            connection.deliver(region, bytes);
+            Ok(())
+        }
+        said => connection.hear(said),
     }
 }
 
@@ -287,13 +298,17 @@ async fn obey(
     max_chunk: usize,
 ) -> io::Result<()> {
     let message = match command {
-        Command::Begin { snapshot, id } => Some(sender.begin(snapshot, &id)),
-        Command::BeginImage { snapshot, image, name } => sender.begin_image(snapshot, image, &name),
+        Command::Begin { snapshot, id, named } => Some(sender.begin(snapshot, &id, named)),
+        Command::List { snapshot, list } => sender.list(snapshot, &list),
+        Command::BeginImage { snapshot, image, name, append } => {
+            sender.begin_image(snapshot, image, &name, append)
+        }
         Command::EndImage { snapshot, image } => sender.end_image(snapshot, image),
-        Command::End { snapshot } => sender.end(snapshot),
+        Command::End { snapshot, partial } => sender.end(snapshot, partial),
+        Command::Region(request) => Some(Message::RegionRequest(request)),
         Command::Abort { snapshot, reason } => sender.abort(snapshot, &reason),
-        Command::Chunk { snapshot, image, pipe, moved } => {
-            let outcome = forward(snapshot, image, &pipe, sender, writer, max_chunk).await?;
+        Command::Chunk { snapshot, image, source, moved } => {
+            let outcome = forward(snapshot, image, &source, sender, writer, max_chunk).await?;
             // An image that has gone does not want to know.
             let _ = moved.send(outcome);
             None
@@ -305,18 +320,18 @@ async fn obey(
     }
 }
 
-/// Moves what is in an image's pipe. The outer error is the link's, the inner one the image's.
+/// Moves what has come of an image. The outer error is the link's, the inner one the image's.
 async fn forward(
     snapshot: u32,
     image: u32,
-    pipe: &PipeReader,
+    source: &Source,
     sender: &mut Sender,
     writer: &mut Writer,
     max_chunk: usize,
 ) -> io::Result<io::Result<Chunk>> {
     // Into the lane's own pipe first: then the length is known, nobody else can take the bytes
     // away, and CRIU has room for the next while these are sent.
-    let len = match pipe.transfer_to(writer.payload(), max_chunk) {
+    let len = match source.transfer_to(writer.payload(), max_chunk) {
         Ok(0) => return Ok(Ok(Chunk::End)),
         Ok(len) => len,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Ok(Chunk::NotYet)),

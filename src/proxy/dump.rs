@@ -19,11 +19,12 @@ use crate::daemon::sessions::Peer;
 use crate::sys::clock::now_ms;
 
 use super::Proxy;
-use super::connection::{Fate, Upload};
 use super::failure::Failure;
 use super::forward::Forward;
 use super::records::Record;
 use super::requests::{Request, Requests};
+use super::upload::{Fate, Upload};
+use crate::sys::ends::Source;
 
 /// Which snapshot a dump becomes, and where it goes.
 #[derive(Debug, Clone)]
@@ -157,7 +158,7 @@ impl Dump<'_> {
             connection = connect => connection.map_err(Failure::Lost)?,
             reason = self.record.stopped() => return Err(Failure::Stopped(reason)),
         };
-        Ok(Rc::new(connection.begin(&self.target.id).await))
+        Ok(Rc::new(connection.begin(&self.target.id, false).await))
     }
 
     /// Takes requests until CRIU closes the socket, and images until each has ended.
@@ -205,12 +206,12 @@ impl Dump<'_> {
         capture.open(&name)?;
         self.record.begin_image(&name);
         self.written.set(Instant::now());
-        let image = upload.begin_image(&name).await;
+        let image = upload.begin_image(&name, false).await;
         let forward = Forward {
             upload: upload.clone(),
             image,
             name,
-            pipe: Rc::new(pipe),
+            source: Rc::new(Source::Pipe(pipe)),
             record: self.record.clone(),
             records: self.proxy.records.clone(),
             written: self.written.clone(),
@@ -223,7 +224,7 @@ impl Dump<'_> {
 
     /// All was sent: waits for the cache's word.
     async fn finish(&self, upload: &Upload) -> Result<(), Failure> {
-        upload.end().await;
+        upload.end(false).await;
         let limit = self.settings.link.ack_timeout;
         let fate = tokio::select! {
             fate = timeout(limit, upload.fate()) => fate,

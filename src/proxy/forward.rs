@@ -1,4 +1,4 @@
-//! One image of a dump, from CRIU's pipe to the link.
+//! One image, from the pipe or the socket that it comes through to the link.
 
 use std::cell::Cell;
 use std::io;
@@ -7,17 +7,18 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use super::connection::{Chunk, Upload};
 use super::failure::Failure;
 use super::records::{Record, Records};
-use crate::sys::pipe::{DEFAULT_CAPACITY, PipeReader};
+use super::upload::{Chunk, Upload};
+use crate::sys::ends::Source;
+use crate::sys::pipe::DEFAULT_CAPACITY;
 
 /// One image on its way.
 pub(super) struct Forward {
     pub(super) upload: Rc<Upload>,
     pub(super) image: u32,
     pub(super) name: String,
-    pub(super) pipe: Rc<PipeReader>,
+    pub(super) source: Rc<Source>,
     pub(super) record: Rc<Record>,
     pub(super) records: Rc<Records>,
     /// CRIU keeps images open that it does not write to, while it writes others.
@@ -38,12 +39,12 @@ impl Forward {
     async fn forward(&self) -> Result<(), String> {
         let mut grown = false;
         loop {
-            match timeout(self.stall_timeout, self.pipe.readable()).await {
+            match timeout(self.stall_timeout, self.source.readable()).await {
                 Err(_) if self.written.get().elapsed() < self.stall_timeout => continue,
                 Err(_) => return Err(format!("nothing was written for {:?}", self.stall_timeout)),
                 Ok(ready) => ready.map_err(said)?,
             }
-            match self.upload.chunk(self.image, &self.pipe).await.map_err(said)? {
+            match self.upload.chunk(self.image, &self.source).await.map_err(said)? {
                 Chunk::NotYet => {}
                 Chunk::End => break,
                 Chunk::Moved(bytes) => {
@@ -52,7 +53,7 @@ impl Forward {
                     self.records.sent(bytes);
                     // Only the pipes that were full are worth the memory that the kernel grants.
                     if !grown && bytes >= DEFAULT_CAPACITY as u64 {
-                        self.pipe.grow(self.pipe_size);
+                        self.source.grow(self.pipe_size);
                         grown = true;
                     }
                 }

@@ -10,6 +10,7 @@ pub mod connection;
 pub mod dump;
 pub mod link;
 pub mod records;
+pub mod upload;
 
 mod control;
 mod failure;

@@ -6,17 +6,19 @@ use super::image::Image;
 use super::snapshot::Images;
 use crate::criu::images::{INVENTORY, check_records, is_records};
 
-/// Checks that every image has ended, that there is an inventory, and that no image's records are
-/// cut short. The error is the reason for which the snapshot is damaged.
-pub(super) fn check(images: &Images) -> Result<(), String> {
+/// Checks that every image has ended, that there is an inventory unless the snapshot is `partial`, and
+/// that no image's records are cut short. The error is the reason for which the snapshot is damaged.
+pub(super) fn check(images: &Images, partial: bool) -> Result<(), String> {
     if let Some(image) = images.values().find(|image| !image.is_whole()) {
         return Err(format!("image {} has not ended", image.name()));
     }
-    let Some(inventory) = images.get(INVENTORY) else {
-        return Err(format!("there is no {INVENTORY}: the dump did not succeed"));
-    };
-    if records(inventory)? == 0 {
-        return Err(format!("image {INVENTORY} is cut short: it has no record"));
+    match images.get(INVENTORY) {
+        None if partial => {}
+        None => return Err(format!("there is no {INVENTORY}: the dump did not succeed")),
+        Some(inventory) if records(inventory)? == 0 => {
+            return Err(format!("image {INVENTORY} is cut short: it has no record"));
+        }
+        Some(_) => {}
     }
     for image in images.values().filter(|image| is_records(image.name())) {
         records(image)?;

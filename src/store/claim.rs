@@ -59,12 +59,7 @@ impl Claim {
 
     /// The restore has read the snapshot.
     pub fn taken(&self) {
-        self.store.update(self.key, |snapshot| {
-            if let State::Whole(images) | State::Taken(images) = &snapshot.state {
-                let images = images.clone();
-                snapshot.take(images);
-            }
-        });
+        self.store.take(self.key);
     }
 }
 

@@ -4,6 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use tokio::sync::Notify;
+
 use super::quota::Charge;
 use crate::sys::memfd;
 
@@ -18,6 +20,7 @@ pub struct Image {
     file: File,
     len: Cell<u64>,
     whole: Cell<bool>,
+    ended: Notify,
     charge: RefCell<Charge>,
 }
 
@@ -28,8 +31,21 @@ impl Image {
             file: memfd::create(name)?.into(),
             len: Cell::new(0),
             whole: Cell::new(false),
+            ended: Notify::new(),
             charge: RefCell::new(charge),
         })
+    }
+
+    /// A small image that did not come but is made here, and charged to nobody.
+    pub(super) fn made_of(name: &str, bytes: &[u8], charge: Charge) -> rustix::io::Result<Image> {
+        let image = Image::create(name, charge)?;
+        let mut written = 0;
+        while written < bytes.len() {
+            written += rustix::io::write(&image.file, &bytes[written..])?;
+        }
+        image.len.set(bytes.len() as u64);
+        image.end();
+        Ok(image)
     }
 
     /// CRIU's name for it.
@@ -81,6 +97,17 @@ impl Image {
     /// Its end has come.
     pub fn end(&self) {
         self.whole.set(true);
+        self.ended.notify_waiters();
+    }
+
+    /// More is to come after its end.
+    pub(super) fn reopen(&self) {
+        self.whole.set(false);
+    }
+
+    /// Resolves when its end comes.
+    pub async fn ended(&self) {
+        self.ended.notified().await;
     }
 }
 

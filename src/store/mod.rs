@@ -14,6 +14,7 @@
 mod check;
 mod claim;
 mod image;
+mod lists;
 mod quota;
 mod snapshot;
 
@@ -29,7 +30,10 @@ pub use image::Image;
 pub use quota::{Charge, Exhausted, Quota};
 pub use snapshot::{Counts, Images, Snapshot, State};
 
+use lists::Lists;
+
 use crate::config::{Keep, StoreSettings};
+use crate::criu::remote::{PARENT, encode_ids};
 
 /// What need not be kept once it was taken stays this long, so that who waits for it sees that it
 /// was.
@@ -41,6 +45,7 @@ pub struct Store {
     settings: RefCell<StoreSettings>,
     /// Oldest first: the key grows with each snapshot.
     snapshots: RefCell<BTreeMap<Key, Snapshot>>,
+    lists: RefCell<Lists>,
     next_key: Cell<u64>,
     quota: Quota,
     total: Cell<u64>,
@@ -70,6 +75,9 @@ pub enum Refused {
         "a restore has taken snapshot {0}: drop it to await another of that id, or say that it is wanted again"
     )]
     Taken(String),
+    /// The lists of ids are full.
+    #[error("the lists of ids hold {0} already, the store's limit (store.max-snapshots)")]
+    ListsTooLong(u64),
     /// The list is full.
     #[error("the store lists {0} snapshots, its limit (store.max-snapshots)")]
     TooMany(u64),
@@ -93,6 +101,7 @@ impl Store {
             quota: Quota::new(settings.max_bytes),
             settings: RefCell::new(settings),
             snapshots: RefCell::default(),
+            lists: RefCell::default(),
             next_key: Cell::new(0),
             total: Cell::new(0),
             changed: watch::Sender::new(()),
@@ -189,13 +198,58 @@ impl Store {
         Ok(key)
     }
 
+    /// Appends a snapshot's id to a list.
+    pub fn append_to_list(&self, key: Key, list: &str) -> Result<(), Refused> {
+        let id = self.look(key, |snapshot| snapshot.id.clone()).ok_or(Refused::Dropped)?;
+        let mut lists = self.lists.borrow_mut();
+        // A snapshot may stand in more lists than one, but not in any number of them.
+        let limit = self.settings.borrow().max_snapshots;
+        if lists.len() as u64 >= limit {
+            return Err(Refused::ListsTooLong(limit));
+        }
+        lists.append(list, &id);
+        drop(lists);
+        self.changed.send_replace(());
+        Ok(())
+    }
+
+    /// The ids of a list, oldest first.
+    pub fn list_ids(&self, list: &str) -> Vec<String> {
+        self.lists.borrow().ids(list).to_vec()
+    }
+
+    /// A list as an image; `None` while it is empty.
+    pub fn list_image(&self, list: &str) -> rustix::io::Result<Option<Rc<Image>>> {
+        let lists = self.lists.borrow();
+        let ids = lists.ids(list);
+        if ids.is_empty() {
+            return Ok(None);
+        }
+        let made = Image::made_of(PARENT, &encode_ids(ids), self.quota.nothing())?;
+        Ok(Some(Rc::new(made)))
+    }
+
+    /// Whether a list has an id, and none of its snapshots is still coming.
+    pub fn list_is_settled(&self, list: &str) -> bool {
+        let lists = self.lists.borrow();
+        let ids = lists.ids(list);
+        let coming = |id: &String| {
+            self.find(id, |found| matches!(found.state, State::Awaited | State::Receiving(_)))
+        };
+        !ids.is_empty() && !ids.iter().any(|id| coming(id) == Some(true))
+    }
+
     /// An image of a snapshot begins, to be [charged](Self::charge) for. One of that name that ended
-    /// before is replaced.
-    pub fn begin_image(&self, key: Key, name: &str) -> Result<Rc<Image>, Refused> {
+    /// before is replaced, or goes on if it is appended to.
+    pub fn begin_image(&self, key: Key, name: &str, append: bool) -> Result<Rc<Image>, Refused> {
         let mut snapshots = self.snapshots.borrow_mut();
         let Some(Snapshot { state: State::Receiving(images), .. }) = snapshots.get_mut(&key) else {
             return Err(Refused::Dropped);
         };
+        if let (true, Some(image)) = (append, images.get(name)) {
+            image.reopen();
+            return Ok(image.clone());
+        }
         let image = Image::create(name, self.quota.nothing())
             .map_err(|cause| Refused::NoMemfd { name: name.to_owned(), cause })?;
         let image = Rc::new(image);
@@ -231,13 +285,13 @@ impl Store {
     }
 
     /// Everything of a snapshot has come: checks it, and makes it whole or damaged. The error is the
-    /// reason for the latter.
-    pub fn complete(&self, key: Key) -> Result<(), String> {
+    /// reason for the latter. What is `partial` need not be a checkpoint by itself.
+    pub fn complete(&self, key: Key, partial: bool) -> Result<(), String> {
         let images = match self.snapshots.borrow().get(&key) {
             Some(Snapshot { state: State::Receiving(images), .. }) => images.clone(),
             _ => return Err(Refused::Dropped.to_string()),
         };
-        if let Err(reason) = check::check(&images) {
+        if let Err(reason) = check::check(&images, partial) {
             self.fail(key, &reason);
             return Err(reason);
         }
@@ -280,10 +334,42 @@ impl Store {
         Claim { store: self.clone(), key, binding: false }
     }
 
+    /// A restore of a snapshot has ended: it and its parents are taken. Returns their ids; `None` when
+    /// there is no such snapshot that is whole.
+    pub fn restored(&self, id: &str) -> Option<Vec<String>> {
+        let whole = |id: &str| {
+            let whole = self.find(id, |found| matches!(found.state, State::Whole(_)));
+            self.key_of(id).filter(|_| whole == Some(true))
+        };
+        whole(id)?;
+        let mut taken = self.lists.borrow().parents(id);
+        taken.push(id.to_owned());
+        taken.retain(|id| match whole(id) {
+            Some(key) => {
+                self.take(key);
+                true
+            }
+            None => false,
+        });
+        Some(taken)
+    }
+
+    /// A restore has read a snapshot: it is no parent of what is dumped from now on.
+    fn take(&self, key: Key) {
+        self.update(key, |snapshot| {
+            if let State::Whole(images) | State::Taken(images) = &snapshot.state {
+                let images = images.clone();
+                snapshot.take(images);
+                self.lists.borrow_mut().forget(&snapshot.id);
+            }
+        });
+    }
+
     /// Forgets a snapshot. A restore that is reading it keeps what it reads.
     pub fn drop_snapshot(&self, id: &str) -> Option<State> {
         let key = self.key_of(id)?;
         let dropped = self.snapshots.borrow_mut().remove(&key);
+        self.lists.borrow_mut().forget(id);
         self.changed.send_replace(());
         dropped.map(|snapshot| snapshot.state)
     }
@@ -311,6 +397,7 @@ impl Store {
             }
             keeps
         });
+        expired.iter().for_each(|id| self.lists.borrow_mut().forget(id));
         if !expired.is_empty() {
             self.changed.send_replace(());
         }

@@ -11,7 +11,7 @@ fn store(max_bytes: u64) -> Rc<Store> {
 }
 
 async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) -> Result<(), Exhausted> {
-    let image = store.begin_image(key, name).unwrap();
+    let image = store.begin_image(key, name, false).unwrap();
     store.charge(key, &image, bytes.len() as u64).await?;
     image.file().write_all(bytes).unwrap();
     image.grown_to(bytes.len() as u64);
@@ -22,7 +22,7 @@ async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) -> Result<(), Ex
 async fn whole(store: &Rc<Store>, id: &str) -> Key {
     let key = store.begin(id, "a").unwrap();
     add(store, key, "inventory.img", RECORDS).await.unwrap();
-    store.complete(key).unwrap();
+    store.complete(key, false).unwrap();
     key
 }
 
@@ -51,7 +51,7 @@ async fn a_set_without_an_inventory_is_damaged_and_gives_its_bytes_back() {
     let key = store.begin("web", "a").unwrap();
     add(&store, key, "pages-1.img", &[7; 9000]).await.unwrap();
     assert_eq!(store.quota().used(), 12288);
-    store.complete(key).unwrap_err();
+    store.complete(key, false).unwrap_err();
     assert_eq!(reason(&store, "web"), "there is no inventory.img: the dump did not succeed");
     assert_eq!(store.quota().used(), 0);
     let counts = store.find("web", Snapshot::counts).unwrap();
@@ -69,13 +69,13 @@ async fn an_image_cut_short_or_not_ended_damages_its_snapshot() {
         let key = store.begin("web", "a").unwrap();
         add(&store, key, "inventory.img", RECORDS).await.unwrap();
         add(&store, key, name, bytes).await.unwrap();
-        let said = store.complete(key).unwrap_err();
+        let said = store.complete(key, false).unwrap_err();
         assert!(said.starts_with(expected), "{said}");
     }
     let key = store.begin("web", "a").unwrap();
     add(&store, key, "inventory.img", RECORDS).await.unwrap();
-    store.begin_image(key, "core-7.img").unwrap();
-    assert_eq!(store.complete(key).unwrap_err(), "image core-7.img has not ended");
+    store.begin_image(key, "core-7.img", false).unwrap();
+    assert_eq!(store.complete(key, false).unwrap_err(), "image core-7.img has not ended");
 }
 
 #[tokio::test]
@@ -87,7 +87,7 @@ async fn a_restore_waits_until_its_snapshot_is_whole() {
     let early = tokio::time::timeout(Duration::from_millis(20), claim.images()).await;
     assert!(early.is_err());
     add(&store, key, "inventory.img", RECORDS).await.unwrap();
-    store.complete(key).unwrap();
+    store.complete(key, false).unwrap();
     assert_eq!(claim.images().await.unwrap().len(), 1);
     claim.taken();
     assert_eq!(state(&store, "web"), "taken");
@@ -170,7 +170,7 @@ async fn the_sender_waits_at_the_quota_until_bytes_are_freed() {
     let store = store(16384);
     whole(&store, "old").await;
     let key = store.begin("new", "a").unwrap();
-    let image = store.begin_image(key, "pages-1.img").unwrap();
+    let image = store.begin_image(key, "pages-1.img", false).unwrap();
     let free = async {
         tokio::time::sleep(Duration::from_millis(10)).await;
         assert!(store.quota().is_reached());
@@ -187,7 +187,7 @@ async fn the_quota_is_exhausted_after_a_while_or_at_once_when_nothing_can_help()
     let store = store(16384);
     whole(&store, "old").await;
     let key = store.begin("new", "a").unwrap();
-    let image = store.begin_image(key, "pages-1.img").unwrap();
+    let image = store.begin_image(key, "pages-1.img", false).unwrap();
     let late = store.charge(key, &image, 16384).await.unwrap_err();
     assert_eq!(
         late.to_string(),
@@ -230,9 +230,63 @@ async fn a_look_at_a_snapshot_keeps_no_restore_away() {
 async fn an_empty_image_is_charged_for_too() {
     let store = store(1 << 20);
     let key = store.begin("web", "a").unwrap();
-    let image = store.begin_image(key, "a.img").unwrap();
+    let image = store.begin_image(key, "a.img", false).unwrap();
     store.charge(key, &image, 0).await.unwrap();
     assert_eq!(store.quota().used(), 4096);
     store.charge(key, &image, 100).await.unwrap();
     assert_eq!(store.quota().used(), 4096);
+}
+
+#[tokio::test]
+async fn an_image_that_is_appended_to_goes_on_and_one_that_is_written_again_begins_anew() {
+    let store = store(1 << 20);
+    let key = store.begin("web", "a").unwrap();
+    add(&store, key, "a.img", b"one").await.unwrap();
+    let image = store.begin_image(key, "a.img", true).unwrap();
+    assert_eq!((image.len(), image.is_whole()), (3, false));
+    assert_eq!(store.complete(key, true).unwrap_err(), "image a.img has not ended");
+
+    let key = store.begin("web", "a").unwrap();
+    add(&store, key, "a.img", b"one").await.unwrap();
+    assert_eq!(store.begin_image(key, "a.img", false).unwrap().len(), 0);
+    assert_eq!(store.begin_image(key, "new.img", true).unwrap().len(), 0);
+}
+
+#[tokio::test]
+async fn a_partial_snapshot_needs_no_inventory() {
+    let store = store(1 << 20);
+    let key = store.begin("1", "a").unwrap();
+    add(&store, key, "pages-1.img", &[7; 9000]).await.unwrap();
+    store.complete(key, true).unwrap();
+    assert_eq!(state(&store, "1"), "whole");
+}
+
+#[tokio::test]
+async fn a_restore_takes_the_parents_too_and_they_leave_the_list() {
+    let store = store(1 << 20);
+    for id in ["1", "2", "3"] {
+        let key = whole(&store, id).await;
+        store.append_to_list(key, "web").unwrap();
+    }
+    assert_eq!(store.list_ids("web"), ["1", "2", "3"]);
+    assert_eq!(store.restored("2").unwrap(), ["1", "2"]);
+    assert_eq!(
+        [state(&store, "1"), state(&store, "2"), state(&store, "3")],
+        ["taken", "taken", "whole"]
+    );
+    assert_eq!(store.list_ids("web"), ["3"]);
+    assert_eq!((store.restored("2"), store.restored("none")), (None, None));
+    store.drop_snapshot("3");
+    assert!(store.list_ids("web").is_empty());
+}
+
+#[tokio::test]
+async fn the_lists_are_bounded() {
+    let limits = StoreSettings { max_snapshots: 2, ..StoreSettings::default() };
+    let store = Store::new(limits);
+    let key = store.begin("1", "a").unwrap();
+    for list in ["a", "b"] {
+        store.append_to_list(key, list).unwrap();
+    }
+    assert_eq!(store.append_to_list(key, "c"), Err(Refused::ListsTooLong(2)));
 }

@@ -4,6 +4,7 @@
 //! These functions decide nothing; the modules that use them do.
 
 pub mod clock;
+pub mod ends;
 pub mod memfd;
 pub mod pipe;
 pub mod scm;

@@ -13,16 +13,27 @@ use rustix::net::{
 /// seen as such.
 const ROOM: usize = 2;
 
-/// Receives the one byte that a descriptor belongs to, and the descriptor.
-///
-/// Reading exactly one byte is what ties the descriptor to its request: the kernel hands over
-/// descriptors with the byte they were sent with. `Ok(None)` is the end of the stream.
+/// Receives the one byte that a descriptor belongs to, and the descriptor. `Ok(None)` is the end of
+/// the stream.
 ///
 /// # Errors
 ///
 /// `WouldBlock` when nothing is there; `InvalidData` when the byte came with no descriptor or with
 /// more than one (which are closed), or when this process has no room for another descriptor.
 pub fn receive_descriptor(socket: impl AsFd) -> io::Result<Option<OwnedFd>> {
+    match receive_byte(socket)? {
+        None => Ok(None),
+        Some((_, Some(descriptor))) => Ok(Some(descriptor)),
+        Some((_, None)) => Err(invalid("no descriptor passed with the request")),
+    }
+}
+
+/// Receives one byte, and the descriptor that belongs to it, if one does. `Ok(None)` is the end of the
+/// stream. The errors are those of [`receive_descriptor`], except that a byte alone is none.
+///
+/// Reading exactly one byte is what ties the descriptor to its request: the kernel hands over
+/// descriptors with the byte they were sent with.
+pub fn receive_byte(socket: impl AsFd) -> io::Result<Option<(u8, Option<OwnedFd>)>> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(ROOM))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -48,7 +59,7 @@ pub fn receive_descriptor(socket: impl AsFd) -> io::Result<Option<OwnedFd>> {
     if cut || descriptors.len() > 1 {
         return Err(invalid("more than one descriptor passed with a request"));
     }
-    descriptors.pop().map(Some).ok_or_else(|| invalid("no descriptor passed with the request"))
+    Ok(Some((byte[0], descriptors.pop())))
 }
 
 /// Sends one byte and the descriptor that belongs to it.

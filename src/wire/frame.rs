@@ -22,7 +22,7 @@ pub const PREFACE_LEN: usize = 12;
 /// The header's length in bytes.
 pub const HEADER_LEN: usize = 8;
 /// No message is longer than this, in bytes.
-pub const MESSAGE_MAX: usize = 4096;
+pub const MESSAGE_MAX: usize = 16384;
 /// No payload is longer than this, in bytes.
 pub const PAYLOAD_MAX: usize = 16 << 20;
 
@@ -141,8 +141,8 @@ mod tests {
     fn lengths_over_the_limits_are_refused() {
         let longest = Header { kind: 1, message_len: MESSAGE_MAX, payload_len: PAYLOAD_MAX };
         assert!(Header::decode(longest.encode()).is_ok());
-        let long = Header::decode(*b"\x01\0\x01\x10\0\0\0\0");
-        assert_eq!(long, Err(BadFrame::MessageTooLong(4097)));
+        let long = Header::decode(*b"\x01\0\x01\x40\0\0\0\0");
+        assert_eq!(long, Err(BadFrame::MessageTooLong(16385)));
         let long = Header::decode(*b"\x01\0\0\0\x01\0\0\x01");
         assert_eq!(long, Err(BadFrame::PayloadTooLong(PAYLOAD_MAX + 1)));
     }

@@ -35,6 +35,24 @@ pub struct SnapshotBegin {
     /// The snapshot's id: the work-dir name.
     #[prost(string, tag = "2")]
     pub id: ::prost::alloc::string::String,
+    /// Who wrote it named it, and only those get it who ask for it by that name.
+    #[prost(bool, tag = "3")]
+    pub named: bool,
+}
+/// cache → proxy: the answer to SnapshotBegin and to SnapshotList. What is refused is aborted instead.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotReady {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+}
+/// proxy → cache: the snapshot's id is appended to a list of ids.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotList {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+    /// The list's name. It may be empty.
+    #[prost(string, tag = "2")]
+    pub list: ::prost::alloc::string::String,
 }
 /// proxy → cache: every image of the snapshot has been sent.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -49,6 +67,9 @@ pub struct SnapshotEnd {
     pub images: u64,
     #[prost(uint64, tag = "4")]
     pub bytes: u64,
+    /// It is no checkpoint by itself (a pre-dump), or its writer vouches for it: inventory.img is not asked for.
+    #[prost(bool, tag = "5")]
+    pub partial: bool,
 }
 /// cache → proxy: the snapshot is whole and kept.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -79,6 +100,17 @@ pub struct ImageBegin {
     /// CRIU's name for it.
     #[prost(string, tag = "3")]
     pub name: ::prost::alloc::string::String,
+    /// It goes on at the end of the image of that name, if there is one.
+    #[prost(bool, tag = "4")]
+    pub append: bool,
+}
+/// cache → proxy, the answer to ImageBegin: there is room for it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImageReady {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+    #[prost(uint32, tag = "2")]
+    pub image: u32,
 }
 /// proxy → cache: bytes of an image; they follow as this frame's payload.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -87,7 +119,7 @@ pub struct ImageData {
     pub snapshot: u32,
     #[prost(uint32, tag = "2")]
     pub image: u32,
-    /// Where in the image they belong. In this version always where the last ended.
+    /// Where in the image they belong, counted from what ImageBegin opened. In this version always where the last ended.
     #[prost(uint64, tag = "3")]
     pub offset: u64,
 }
@@ -98,8 +130,50 @@ pub struct ImageEnd {
     pub snapshot: u32,
     #[prost(uint32, tag = "2")]
     pub image: u32,
-    /// Its size in bytes.
+    /// How many bytes of it were sent.
     #[prost(uint64, tag = "3")]
+    pub size: u64,
+}
+/// cache → proxy, the answer to ImageEnd: the cache holds all of it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImageAck {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+    #[prost(uint32, tag = "2")]
+    pub image: u32,
+    /// How many bytes have come.
+    #[prost(uint64, tag = "3")]
+    pub size: u64,
+}
+/// proxy → cache: asks for a part of an image that was sent before, on this link or another.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegionRequest {
+    /// Names the request in the answer.
+    #[prost(uint32, tag = "1")]
+    pub request: u32,
+    #[prost(string, tag = "2")]
+    pub snapshot_id: ::prost::alloc::string::String,
+    /// "parent" is the list of ids that snapshot_id names.
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// The part, in bytes. What is beyond the image's end is left out of the answer.
+    #[prost(uint64, tag = "4")]
+    pub offset: u64,
+    #[prost(uint32, tag = "5")]
+    pub len: u32,
+}
+/// cache → proxy: the answer to RegionRequest; the bytes follow as this frame's payload.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Region {
+    #[prost(uint32, tag = "1")]
+    pub request: u32,
+    /// 0, or an errno of Linux on x86, and why.
+    #[prost(uint32, tag = "2")]
+    pub error: u32,
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+    /// The size of the whole image in bytes.
+    #[prost(uint64, tag = "4")]
     pub size: u64,
 }
 /// The kind of a message, as the header gives it. A kind that the receiver does not know ends the link.
@@ -118,6 +192,12 @@ pub enum Kind {
     ImageBegin = 9,
     ImageData = 10,
     ImageEnd = 11,
+    SnapshotReady = 12,
+    SnapshotList = 13,
+    ImageReady = 14,
+    ImageAck = 15,
+    RegionRequest = 16,
+    Region = 17,
 }
 impl Kind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -138,6 +218,12 @@ impl Kind {
             Self::ImageBegin => "IMAGE_BEGIN",
             Self::ImageData => "IMAGE_DATA",
             Self::ImageEnd => "IMAGE_END",
+            Self::SnapshotReady => "SNAPSHOT_READY",
+            Self::SnapshotList => "SNAPSHOT_LIST",
+            Self::ImageReady => "IMAGE_READY",
+            Self::ImageAck => "IMAGE_ACK",
+            Self::RegionRequest => "REGION_REQUEST",
+            Self::Region => "REGION",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -155,6 +241,12 @@ impl Kind {
             "IMAGE_BEGIN" => Some(Self::ImageBegin),
             "IMAGE_DATA" => Some(Self::ImageData),
             "IMAGE_END" => Some(Self::ImageEnd),
+            "SNAPSHOT_READY" => Some(Self::SnapshotReady),
+            "SNAPSHOT_LIST" => Some(Self::SnapshotList),
+            "IMAGE_READY" => Some(Self::ImageReady),
+            "IMAGE_ACK" => Some(Self::ImageAck),
+            "REGION_REQUEST" => Some(Self::RegionRequest),
+            "REGION" => Some(Self::Region),
             _ => None,
         }
     }

@@ -13,9 +13,9 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::frame::{self, BadFrame, HEADER_LEN, Header, MESSAGE_MAX, PREFACE_LEN};
+use super::frame::{self, BadFrame, HEADER_LEN, Header, PREFACE_LEN};
 use super::message::{BadMessage, Message};
-use crate::sys::pipe::{Pipe, transfer, transfer_to_file};
+use crate::sys::pipe::{Pipe, transfer, transfer_from_file, transfer_to_file};
 
 pub use crate::sys::pipe::DEFAULT_CAPACITY;
 
@@ -98,12 +98,30 @@ impl Writer {
         // MORE joins the header with the payload in one segment.
         self.send_bytes(&message.encode(len), SendFlags::MORE).await?;
         while len > 0 {
-            // The pipe holds `len` bytes, so only the socket can say "not yet".
-            let sent = self
-                .stream
-                .async_io(Interest::WRITABLE, || transfer(&self.pipe.out, &self.stream, len))
-                .await?;
-            len -= sent;
+            len -= self.send_pipe(len).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends a message, and as its payload `len` bytes from `offset` of a file, which has them.
+    pub async fn send_file(
+        &mut self,
+        message: &Message,
+        file: BorrowedFd<'_>,
+        mut offset: u64,
+        mut len: usize,
+    ) -> io::Result<()> {
+        let more = if len > 0 { SendFlags::MORE } else { SendFlags::empty() };
+        self.send_bytes(&message.encode(len), more).await?;
+        while len > 0 {
+            let mut filled = transfer_from_file(file, &mut offset, &self.pipe.into, len)?;
+            if filled == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            len -= filled;
+            while filled > 0 {
+                filled -= self.send_pipe(filled).await?;
+            }
         }
         Ok(())
     }
@@ -112,6 +130,12 @@ impl Writer {
     pub fn drop_payload(&mut self) -> io::Result<()> {
         self.pipe = Pipe::new(self.pipe.capacity())?;
         Ok(())
+    }
+
+    /// Sends some of the `len` bytes that the pipe holds, so that only the socket can say "not yet".
+    async fn send_pipe(&mut self, len: usize) -> io::Result<usize> {
+        let send = || transfer(&self.pipe.out, &self.stream, len);
+        self.stream.async_io(Interest::WRITABLE, send).await
     }
 
     async fn send_bytes(&mut self, mut bytes: &[u8], flags: SendFlags) -> io::Result<()> {
@@ -150,10 +174,9 @@ impl Reader {
         let mut header = [0; HEADER_LEN];
         self.receive_exactly(&mut header, LaneError::Closed).await?;
         let header = Header::decode(header)?;
-        let mut bytes = [0; MESSAGE_MAX];
-        let bytes = &mut bytes[..header.message_len];
-        self.receive_exactly(bytes, LaneError::Torn).await?;
-        Ok((Message::decode(header, bytes)?, header.payload_len))
+        let mut bytes = vec![0; header.message_len];
+        self.receive_exactly(&mut bytes, LaneError::Torn).await?;
+        Ok((Message::decode(header, &bytes)?, header.payload_len))
     }
 
     /// Moves `len` bytes of payload to the end of a file, where `offset` is.
@@ -172,6 +195,13 @@ impl Reader {
             }
         }
         Ok(())
+    }
+
+    /// Reads `len` bytes of payload into memory, for what is small.
+    pub async fn payload_to_memory(&mut self, len: usize) -> Result<Vec<u8>, LaneError> {
+        let mut bytes = vec![0; len];
+        self.receive_exactly(&mut bytes, LaneError::Torn).await?;
+        Ok(bytes)
     }
 
     /// Drops `len` bytes of payload.

@@ -5,11 +5,15 @@ use std::ops::RangeInclusive;
 use prost::Message as _;
 
 pub use super::generated::{
-    Goodbye, Hello, ImageBegin, ImageData, ImageEnd, KeepAlive, Kind, SnapshotAbort, SnapshotAck,
-    SnapshotBegin, SnapshotEnd, Welcome,
+    Goodbye, Hello, ImageAck, ImageBegin, ImageData, ImageEnd, ImageReady, KeepAlive, Kind, Region,
+    RegionRequest, SnapshotAbort, SnapshotAck, SnapshotBegin, SnapshotEnd, SnapshotList,
+    SnapshotReady, Welcome,
 };
 
 use super::frame::{Header, PAYLOAD_MAX};
+
+/// No region that is asked for is longer than this, in bytes: who asks holds it in memory.
+pub const REGION_MAX: usize = 256 << 10;
 
 /// No reason in an abort or a goodbye is longer than this, in bytes.
 const REASON_MAX: usize = 1024;
@@ -29,6 +33,12 @@ pub enum Message {
     ImageBegin(ImageBegin),
     ImageData(ImageData),
     ImageEnd(ImageEnd),
+    SnapshotReady(SnapshotReady),
+    SnapshotList(SnapshotList),
+    ImageReady(ImageReady),
+    ImageAck(ImageAck),
+    RegionRequest(RegionRequest),
+    Region(Region),
 }
 
 /// Why a message is refused. The link ends.
@@ -60,6 +70,12 @@ macro_rules! with_inner {
             Message::ImageBegin($inner) => $do,
             Message::ImageData($inner) => $do,
             Message::ImageEnd($inner) => $do,
+            Message::SnapshotReady($inner) => $do,
+            Message::SnapshotList($inner) => $do,
+            Message::ImageReady($inner) => $do,
+            Message::ImageAck($inner) => $do,
+            Message::RegionRequest($inner) => $do,
+            Message::Region($inner) => $do,
         }
     };
 }
@@ -79,12 +95,23 @@ impl Message {
             Message::ImageBegin(_) => Kind::ImageBegin,
             Message::ImageData(_) => Kind::ImageData,
             Message::ImageEnd(_) => Kind::ImageEnd,
+            Message::SnapshotReady(_) => Kind::SnapshotReady,
+            Message::SnapshotList(_) => Kind::SnapshotList,
+            Message::ImageReady(_) => Kind::ImageReady,
+            Message::ImageAck(_) => Kind::ImageAck,
+            Message::RegionRequest(_) => Kind::RegionRequest,
+            Message::Region(_) => Kind::Region,
         }
     }
 
     /// An abort, its reason cut to what a message may hold.
     pub fn abort(snapshot: u32, reason: &str) -> Message {
         Message::SnapshotAbort(SnapshotAbort { snapshot, reason: cut(reason) })
+    }
+
+    /// The answer to a region that cannot be had, its reason cut to what a message may hold.
+    pub fn no_region(request: u32, error: u32, reason: &str) -> Message {
+        Message::Region(Region { request, error, reason: cut(reason), size: 0 })
     }
 
     /// A goodbye, its reason cut to what a message may hold.
@@ -130,14 +157,27 @@ impl Message {
             Kind::ImageBegin => ImageBegin::decode(bytes).map(Message::ImageBegin),
             Kind::ImageData => ImageData::decode(bytes).map(Message::ImageData),
             Kind::ImageEnd => ImageEnd::decode(bytes).map(Message::ImageEnd),
+            Kind::SnapshotReady => SnapshotReady::decode(bytes).map(Message::SnapshotReady),
+            Kind::SnapshotList => SnapshotList::decode(bytes).map(Message::SnapshotList),
+            Kind::ImageReady => ImageReady::decode(bytes).map(Message::ImageReady),
+            Kind::ImageAck => ImageAck::decode(bytes).map(Message::ImageAck),
+            Kind::RegionRequest => RegionRequest::decode(bytes).map(Message::RegionRequest),
+            Kind::Region => Region::decode(bytes).map(|region| {
+                let reason = printable(&region.reason);
+                Message::Region(Region { reason, ..region })
+            }),
         };
         decoded.map_err(|error| BadMessage::Torn(kind.as_str_name(), error.to_string()))
     }
 }
 
-/// Only image data has a payload, and it is never empty.
+/// Only image data has a payload, and it is never empty; and a region, which may be.
 fn payload_range(kind: Kind) -> RangeInclusive<usize> {
-    if kind == Kind::ImageData { 1..=PAYLOAD_MAX } else { 0..=0 }
+    match kind {
+        Kind::ImageData => 1..=PAYLOAD_MAX,
+        Kind::Region => 0..=REGION_MAX,
+        _ => 0..=0,
+    }
 }
 
 fn cut(reason: &str) -> String {
@@ -180,9 +220,13 @@ mod tests {
             (Message::goodbye("no"), 0, b"\x03\0\x04\0\0\0\0\0\x0a\x02no"),
             (Message::KeepAlive(KeepAlive {}), 0, b"\x04\0\0\0\0\0\0\0"),
             (
-                Message::SnapshotBegin(SnapshotBegin { snapshot: 1, id: "web".into() }),
+                Message::SnapshotBegin(SnapshotBegin {
+                    snapshot: 1,
+                    id: "web".into(),
+                    named: true,
+                }),
                 0,
-                b"\x05\0\x07\0\0\0\0\0\x08\x01\x12\x03web",
+                b"\x05\0\x09\0\0\0\0\0\x08\x01\x12\x03web\x18\x01",
             ),
             (
                 Message::SnapshotEnd(SnapshotEnd {
@@ -190,9 +234,10 @@ mod tests {
                     complete: true,
                     images: 2,
                     bytes: 300,
+                    partial: true,
                 }),
                 0,
-                b"\x06\0\x09\0\0\0\0\0\x08\x01\x10\x01\x18\x02\x20\xac\x02",
+                b"\x06\0\x0b\0\0\0\0\0\x08\x01\x10\x01\x18\x02\x20\xac\x02\x28\x01",
             ),
             (
                 Message::SnapshotAck(SnapshotAck { snapshot: 1, images: 2, bytes: 300 }),
@@ -201,9 +246,14 @@ mod tests {
             ),
             (Message::abort(1, "no"), 0, b"\x08\0\x06\0\0\0\0\0\x08\x01\x12\x02no"),
             (
-                Message::ImageBegin(ImageBegin { snapshot: 1, image: 2, name: "fs-7.img".into() }),
+                Message::ImageBegin(ImageBegin {
+                    snapshot: 1,
+                    image: 2,
+                    name: "fs-7.img".into(),
+                    append: true,
+                }),
                 0,
-                b"\x09\0\x0e\0\0\0\0\0\x08\x01\x10\x02\x1a\x08fs-7.img",
+                b"\x09\0\x10\0\0\0\0\0\x08\x01\x10\x02\x1a\x08fs-7.img\x20\x01",
             ),
             (
                 Message::ImageData(ImageData { snapshot: 1, image: 2, offset: 300 }),
@@ -215,6 +265,43 @@ mod tests {
                 0,
                 b"\x0b\0\x07\0\0\0\0\0\x08\x01\x10\x02\x18\xac\x02",
             ),
+            (
+                Message::SnapshotReady(SnapshotReady { snapshot: 1 }),
+                0,
+                b"\x0c\0\x02\0\0\0\0\0\x08\x01",
+            ),
+            (
+                Message::SnapshotList(SnapshotList { snapshot: 1, list: "chain".into() }),
+                0,
+                b"\x0d\0\x09\0\0\0\0\0\x08\x01\x12\x05chain",
+            ),
+            (
+                Message::ImageReady(ImageReady { snapshot: 1, image: 2 }),
+                0,
+                b"\x0e\0\x04\0\0\0\0\0\x08\x01\x10\x02",
+            ),
+            (
+                Message::ImageAck(ImageAck { snapshot: 1, image: 2, size: 300 }),
+                0,
+                b"\x0f\0\x07\0\0\0\0\0\x08\x01\x10\x02\x18\xac\x02",
+            ),
+            (
+                Message::RegionRequest(RegionRequest {
+                    request: 1,
+                    snapshot_id: "web".into(),
+                    name: "fs-7.img".into(),
+                    offset: 0,
+                    len: 300,
+                }),
+                0,
+                b"\x10\0\x14\0\0\0\0\0\x08\x01\x12\x03web\x1a\x08fs-7.img\x28\xac\x02",
+            ),
+            (
+                Message::Region(Region { request: 1, error: 0, reason: String::new(), size: 300 }),
+                300,
+                b"\x11\0\x05\0\x2c\x01\0\0\x08\x01\x20\xac\x02",
+            ),
+            (Message::no_region(1, 2, "no"), 0, b"\x11\0\x08\0\0\0\0\0\x08\x01\x10\x02\x1a\x02no"),
         ]
     }
 
@@ -236,7 +323,7 @@ mod tests {
     #[test]
     fn unknown_kinds_wrong_payloads_and_torn_messages_are_refused_in_words() {
         let refused = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
-        assert_eq!(refused(b"\x0c\0\0\0\0\0\0\0"), "a message of the unknown kind 12");
+        assert_eq!(refused(b"\x12\0\0\0\0\0\0\0"), "a message of the unknown kind 18");
         assert_eq!(refused(b"\0\0\0\0\0\0\0\0"), "a message of the unknown kind 0");
         assert_eq!(refused(b"\x04\0\0\0\x01\0\0\0"), "a KEEP_ALIVE with a payload of 1 bytes");
         assert_eq!(refused(b"\x0a\0\0\0\0\0\0\0"), "a IMAGE_DATA with a payload of 0 bytes");
@@ -262,7 +349,7 @@ mod tests {
         fn names_and_numbers_survive_the_way(
             snapshot: u32, image: u32, offset: u64, name in ".{0,200}", payload in 1..=PAYLOAD_MAX,
         ) {
-            let begin = Message::ImageBegin(ImageBegin { snapshot, image, name });
+            let begin = Message::ImageBegin(ImageBegin { snapshot, image, name, append: false });
             prop_assert_eq!(decode(&begin.encode(0)).unwrap(), begin);
             let data = Message::ImageData(ImageData { snapshot, image, offset });
             prop_assert_eq!(decode(&data.encode(payload)).unwrap(), data);

@@ -3,8 +3,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::message::{ImageBegin, ImageData, ImageEnd, Message, SnapshotBegin, SnapshotEnd};
-use crate::criu::stream::check_name;
+use super::message::{
+    ImageBegin, ImageData, ImageEnd, Message, RegionRequest, SnapshotBegin, SnapshotEnd,
+    SnapshotList,
+};
+use crate::criu::names::{check_id, check_image, check_list};
 
 /// What the cache has to do about a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +20,15 @@ pub enum Action {
         snapshot: u32,
         /// Its id.
         id: String,
+        /// Whether it is kept for those who ask for it by its id.
+        named: bool,
+    },
+    /// The snapshot's id is appended to a list.
+    List {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// The list's name.
+        list: String,
     },
     /// An image begins.
     BeginImage {
@@ -26,6 +38,8 @@ pub enum Action {
         image: u32,
         /// CRIU's name for it.
         name: String,
+        /// Whether it goes on at the end of the image of that name.
+        append: bool,
     },
     /// The payload belongs at the end of the image.
     Append {
@@ -42,7 +56,11 @@ pub enum Action {
         snapshot: u32,
         /// The image's number in the snapshot.
         image: u32,
+        /// How many bytes have come.
+        size: u64,
     },
+    /// A part of an image is asked for.
+    Region(RegionRequest),
     /// Everything has come that was announced.
     Complete {
         /// The snapshot's number.
@@ -51,6 +69,8 @@ pub enum Action {
         images: u64,
         /// The sum of their sizes.
         bytes: u64,
+        /// Whether it need not be a checkpoint by itself.
+        partial: bool,
     },
     /// The snapshot cannot be completed. Unless the peer aborted it itself, it is told.
     Damaged {
@@ -169,6 +189,7 @@ impl Receiver {
             Message::KeepAlive(_) => Ok(Action::Nothing),
             Message::Goodbye(goodbye) => Ok(Action::Goodbye(goodbye.reason)),
             Message::SnapshotBegin(begin) => self.begin(begin),
+            Message::SnapshotList(list) => self.list(list),
             Message::ImageBegin(begin) => self.begin_image(begin),
             Message::ImageData(data) => self.append(&data, payload_len as u64),
             Message::ImageEnd(end) => self.end_image(&end),
@@ -183,9 +204,14 @@ impl Receiver {
                     }),
                 }
             }
-            Message::Hello(_) | Message::Welcome(_) | Message::SnapshotAck(_) => {
-                Err(Violation::OutOfOrder(message.kind().as_str_name()))
-            }
+            Message::RegionRequest(request) => Ok(Action::Region(request)),
+            Message::Hello(_)
+            | Message::Welcome(_)
+            | Message::SnapshotReady(_)
+            | Message::SnapshotAck(_)
+            | Message::ImageReady(_)
+            | Message::ImageAck(_)
+            | Message::Region(_) => Err(Violation::OutOfOrder(message.kind().as_str_name())),
         }
     }
 
@@ -197,7 +223,7 @@ impl Receiver {
     }
 
     fn begin(&mut self, begin: SnapshotBegin) -> Result<Action, Violation> {
-        let SnapshotBegin { snapshot, id } = begin;
+        let SnapshotBegin { snapshot, id, named } = begin;
         if u64::from(snapshot) < self.next {
             return Err(Violation::SnapshotTwice(snapshot));
         }
@@ -208,20 +234,31 @@ impl Receiver {
         self.next = u64::from(snapshot) + 1;
         let full = self.snapshots.len() >= self.limits.snapshots;
         self.snapshots.insert(snapshot, Incoming::Receiving(Counts::new(&id)));
-        if let Err(bad) = check_name(&id) {
-            return Ok(self.damaged(snapshot, format!("as a snapshot id, {bad}")));
+        if let Err(bad) = check_id(&id) {
+            return Ok(self.damaged(snapshot, bad.to_string()));
         }
         if full {
             let limit = self.limits.snapshots;
             let reason = format!("{limit} snapshots beside {id} are under way on this link");
             return Ok(self.damaged(snapshot, reason));
         }
-        Ok(Action::Begin { snapshot, id })
+        Ok(Action::Begin { snapshot, id, named })
+    }
+
+    fn list(&mut self, list: SnapshotList) -> Result<Action, Violation> {
+        let SnapshotList { snapshot, list } = list;
+        if self.receiving("SNAPSHOT_LIST", snapshot)?.is_none() {
+            return Ok(Action::Nothing);
+        }
+        if let Err(bad) = check_list(&list) {
+            return Ok(self.damaged(snapshot, bad.to_string()));
+        }
+        Ok(Action::List { snapshot, list })
     }
 
     fn begin_image(&mut self, begin: ImageBegin) -> Result<Action, Violation> {
         let limit = self.limits.images;
-        let ImageBegin { snapshot, image, name } = begin;
+        let ImageBegin { snapshot, image, name, append } = begin;
         let Some(counts) = self.receiving("IMAGE_BEGIN", snapshot)? else {
             return Ok(Action::Nothing);
         };
@@ -229,7 +266,7 @@ impl Receiver {
             return Err(Violation::ImageTwice { id: counts.id.clone(), image });
         }
         counts.next_image = u64::from(image) + 1;
-        let wrong = if let Err(bad) = check_name(&name) {
+        let wrong = if let Err(bad) = check_image(&name) {
             Some(bad.to_string())
         } else if counts.open.values().any(|open| open.name == name) {
             Some(format!("image {name} is opened for writing twice at once"))
@@ -242,7 +279,7 @@ impl Receiver {
             return Ok(self.damaged(snapshot, reason));
         }
         counts.open.insert(image, OpenImage { name: name.clone(), size: 0 });
-        Ok(Action::BeginImage { snapshot, image, name })
+        Ok(Action::BeginImage { snapshot, image, name, append })
     }
 
     fn append(&mut self, data: &ImageData, len: u64) -> Result<Action, Violation> {
@@ -277,7 +314,7 @@ impl Receiver {
                 format!("image {name} has {size} bytes as announced, but {came} have come");
             return Ok(self.damaged(snapshot, reason));
         }
-        Ok(Action::EndImage { snapshot, image })
+        Ok(Action::EndImage { snapshot, image, size })
     }
 
     fn end(&mut self, end: &SnapshotEnd) -> Result<Action, Violation> {
@@ -300,7 +337,7 @@ impl Receiver {
                 end.images, end.bytes
             ));
         }
-        Ok(Action::Complete { snapshot, images, bytes })
+        Ok(Action::Complete { snapshot, images, bytes, partial: end.partial })
     }
 
     fn damaged(&mut self, snapshot: u32, reason: String) -> Action {

@@ -3,13 +3,36 @@
 
 use std::collections::HashMap;
 
-use super::message::{ImageBegin, ImageData, ImageEnd, Message, SnapshotBegin, SnapshotEnd};
+use super::message::{
+    ImageBegin, ImageData, ImageEnd, Message, Region, SnapshotBegin, SnapshotEnd, SnapshotList,
+};
 
 /// What the cache said.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Said {
     /// Nothing that concerns a snapshot.
     Nothing,
+    /// A snapshot's beginning, or its entry in a list, is accepted.
+    Ready {
+        /// Its number.
+        snapshot: u32,
+    },
+    /// An image's beginning is accepted.
+    ImageReady {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// The image's number.
+        image: u32,
+    },
+    /// The cache holds all of an image.
+    ImageAcknowledged {
+        /// The snapshot's number.
+        snapshot: u32,
+        /// The image's number.
+        image: u32,
+    },
+    /// A region that was asked for; its payload follows.
+    Region(Region),
     /// The snapshot is whole and kept.
     Acknowledged {
         /// Its number.
@@ -42,6 +65,14 @@ pub fn said(message: Message) -> Result<Said, OutOfOrder> {
         Message::SnapshotAck(ack) => {
             Ok(Said::Acknowledged { snapshot: ack.snapshot, images: ack.images, bytes: ack.bytes })
         }
+        Message::SnapshotReady(ready) => Ok(Said::Ready { snapshot: ready.snapshot }),
+        Message::ImageReady(ready) => {
+            Ok(Said::ImageReady { snapshot: ready.snapshot, image: ready.image })
+        }
+        Message::ImageAck(ack) => {
+            Ok(Said::ImageAcknowledged { snapshot: ack.snapshot, image: ack.image })
+        }
+        Message::Region(region) => Ok(Said::Region(region)),
         Message::SnapshotAbort(abort) => {
             Ok(Said::Refused { snapshot: abort.snapshot, reason: abort.reason })
         }
@@ -67,16 +98,29 @@ struct Outgoing {
 /// Messages for a snapshot or an image that this side has already ended or aborted are `None`: what
 /// is left of it is dropped.
 impl Sender {
-    /// A snapshot begins.
-    pub fn begin(&mut self, snapshot: u32, id: &str) -> Message {
+    /// A snapshot begins. One that is `named` is kept for those who ask for it by its id.
+    pub fn begin(&mut self, snapshot: u32, id: &str, named: bool) -> Message {
         self.snapshots.insert(snapshot, Outgoing::default());
-        Message::SnapshotBegin(SnapshotBegin { snapshot, id: id.to_owned() })
+        Message::SnapshotBegin(SnapshotBegin { snapshot, id: id.to_owned(), named })
     }
 
-    /// An image begins.
-    pub fn begin_image(&mut self, snapshot: u32, image: u32, name: &str) -> Option<Message> {
+    /// The snapshot's id is appended to a list.
+    pub fn list(&mut self, snapshot: u32, list: &str) -> Option<Message> {
+        let list = list.to_owned();
+        self.snapshots.contains_key(&snapshot).then_some(())?;
+        Some(Message::SnapshotList(SnapshotList { snapshot, list }))
+    }
+
+    /// An image begins, or goes on at its end.
+    pub fn begin_image(
+        &mut self,
+        snapshot: u32,
+        image: u32,
+        name: &str,
+        append: bool,
+    ) -> Option<Message> {
         self.snapshots.get_mut(&snapshot)?.open.insert(image, 0);
-        Some(Message::ImageBegin(ImageBegin { snapshot, image, name: name.to_owned() }))
+        Some(Message::ImageBegin(ImageBegin { snapshot, image, name: name.to_owned(), append }))
     }
 
     /// The image goes on with `len` bytes.
@@ -97,10 +141,10 @@ impl Sender {
         Some(Message::ImageEnd(ImageEnd { snapshot, image, size }))
     }
 
-    /// Everything has been sent.
-    pub fn end(&mut self, snapshot: u32) -> Option<Message> {
+    /// Everything has been sent. What is `partial` need not be a checkpoint by itself.
+    pub fn end(&mut self, snapshot: u32, partial: bool) -> Option<Message> {
         let Outgoing { images, bytes, .. } = self.snapshots.remove(&snapshot)?;
-        Some(Message::SnapshotEnd(SnapshotEnd { snapshot, complete: true, images, bytes }))
+        Some(Message::SnapshotEnd(SnapshotEnd { snapshot, complete: true, images, bytes, partial }))
     }
 
     /// The snapshot is given up, by this side or by the cache. Either way one message ends it.
@@ -134,24 +178,24 @@ mod tests {
     fn two_ends_agree_on_a_snapshot() {
         let (mut sender, mut receiver) = (Sender::default(), receiver());
         let mut pass = |message: Message, len| receiver.receive(message, len).unwrap();
-        pass(sender.begin(0, "web"), 0);
-        pass(sender.begin_image(0, 0, "core-7.img").unwrap(), 0);
-        pass(sender.begin_image(0, 1, "pages-1.img").unwrap(), 0);
+        pass(sender.begin(0, "web", false), 0);
+        pass(sender.begin_image(0, 0, "core-7.img", false).unwrap(), 0);
+        pass(sender.begin_image(0, 1, "pages-1.img", false).unwrap(), 0);
         pass(sender.data(0, 1, 4096).unwrap(), 4096);
         pass(sender.data(0, 0, 100).unwrap(), 100);
         pass(sender.data(0, 1, 4096).unwrap(), 4096);
         pass(sender.end_image(0, 1).unwrap(), 0);
         pass(sender.end_image(0, 0).unwrap(), 0);
-        let end = pass(sender.end(0).unwrap(), 0);
-        assert_eq!(end, Action::Complete { snapshot: 0, images: 2, bytes: 8292 });
-        assert_eq!(sender.end(0), None);
+        let end = pass(sender.end(0, false).unwrap(), 0);
+        assert_eq!(end, Action::Complete { snapshot: 0, images: 2, bytes: 8292, partial: false });
+        assert_eq!(sender.end(0, false), None);
     }
 
     #[test]
     fn what_comes_of_a_given_up_snapshot_is_discarded() {
         let (mut sender, mut receiver) = (Sender::default(), receiver());
-        receiver.receive(sender.begin(0, "web"), 0).unwrap();
-        receiver.receive(sender.begin_image(0, 0, "pages-1.img").unwrap(), 0).unwrap();
+        receiver.receive(sender.begin(0, "web", false), 0).unwrap();
+        receiver.receive(sender.begin_image(0, 0, "pages-1.img", false).unwrap(), 0).unwrap();
         receiver.give_up(0);
         let late = receiver.receive(sender.data(0, 0, 10).unwrap(), 10);
         assert_eq!(late, Ok(Action::Discard));
@@ -165,24 +209,24 @@ mod tests {
     #[test]
     fn a_count_that_is_not_true_damages_one_snapshot_only() {
         let (mut sender, mut receiver) = (Sender::default(), receiver());
-        receiver.receive(sender.begin(0, "one"), 0).unwrap();
-        receiver.receive(sender.begin(1, "two"), 0).unwrap();
-        let end = SnapshotEnd { snapshot: 0, complete: true, images: 1, bytes: 5 };
+        receiver.receive(sender.begin(0, "one", false), 0).unwrap();
+        receiver.receive(sender.begin(1, "two", false), 0).unwrap();
+        let end = SnapshotEnd { snapshot: 0, complete: true, images: 1, bytes: 5, partial: false };
         let Action::Damaged { reason, .. } =
             receiver.receive(Message::SnapshotEnd(end), 0).unwrap()
         else {
             panic!()
         };
         assert_eq!(reason, "1 images with 5 bytes were announced, 0 with 0 have come");
-        let end = receiver.receive(sender.end(1).unwrap(), 0);
-        assert_eq!(end, Ok(Action::Complete { snapshot: 1, images: 0, bytes: 0 }));
+        let end = receiver.receive(sender.end(1, false).unwrap(), 0);
+        assert_eq!(end, Ok(Action::Complete { snapshot: 1, images: 0, bytes: 0, partial: false }));
     }
 
     #[test]
     fn more_bytes_than_announced_damage_the_snapshot() {
         let (mut sender, mut receiver) = (Sender::default(), receiver());
-        receiver.receive(sender.begin(0, "web"), 0).unwrap();
-        receiver.receive(sender.begin_image(0, 0, "fs-7.img").unwrap(), 0).unwrap();
+        receiver.receive(sender.begin(0, "web", false), 0).unwrap();
+        receiver.receive(sender.begin_image(0, 0, "fs-7.img", false).unwrap(), 0).unwrap();
         receiver.receive(sender.data(0, 0, 10).unwrap(), 10).unwrap();
         let end = Message::ImageEnd(ImageEnd { snapshot: 0, image: 0, size: 9 });
         let Action::Damaged { reason, .. } = receiver.receive(end, 0).unwrap() else { panic!() };
@@ -192,14 +236,14 @@ mod tests {
     #[test]
     fn bad_names_twice_open_and_too_many_images_damage_the_snapshot() {
         let begin = |image, name: &str| {
-            Message::ImageBegin(ImageBegin { snapshot: 0, image, name: name.into() })
+            Message::ImageBegin(ImageBegin { snapshot: 0, image, name: name.into(), append: false })
         };
         for (first, second, reason) in [
             ("a.img", "../b", "slash"),
             ("a.img", "a.img", "image a.img is opened for writing twice at once"),
         ] {
             let mut receiver = receiver();
-            receiver.receive(Sender::default().begin(0, "web"), 0).unwrap();
+            receiver.receive(Sender::default().begin(0, "web", false), 0).unwrap();
             receiver.receive(begin(0, first), 0).unwrap();
             let Action::Damaged { reason: said, .. } =
                 receiver.receive(begin(1, second), 0).unwrap()
@@ -209,11 +253,11 @@ mod tests {
             assert!(said.contains(reason), "{said}");
         }
         let mut receiver = Receiver::new(Limits { images: 1, snapshots: 1 });
-        receiver.receive(Sender::default().begin(0, "web"), 0).unwrap();
+        receiver.receive(Sender::default().begin(0, "web", false), 0).unwrap();
         receiver.receive(begin(0, "a.img"), 0).unwrap();
         let many = receiver.receive(begin(1, "b.img"), 0).unwrap();
         assert!(matches!(many, Action::Damaged { .. }));
-        let second = receiver.receive(Sender::default().begin(1, "db"), 0).unwrap();
+        let second = receiver.receive(Sender::default().begin(1, "db", false), 0).unwrap();
         assert!(matches!(second, Action::Damaged { snapshot: 1, .. }));
     }
 
@@ -226,9 +270,15 @@ mod tests {
             refused.unwrap().to_string()
         };
         let data = |offset| Message::ImageData(ImageData { snapshot: 0, image: 0, offset });
-        let begin = || Sender::default().begin(0, "web");
-        let image =
-            || Message::ImageBegin(ImageBegin { snapshot: 0, image: 0, name: "a.img".into() });
+        let begin = || Sender::default().begin(0, "web", false);
+        let image = || {
+            Message::ImageBegin(ImageBegin {
+                snapshot: 0,
+                image: 0,
+                name: "a.img".into(),
+                append: false,
+            })
+        };
         assert_eq!(
             violation(vec![data(0)]),
             "a IMAGE_DATA for snapshot number 0, which is not under way"
@@ -285,11 +335,11 @@ mod tests {
             let mut complete = 0;
             for step in steps {
                 let (message, len) = match step {
-                    Step::Begin(s) => (Some(sender.begin(s, &format!("s{s}"))), 0),
-                    Step::Image(s, i) => (sender.begin_image(s, i, &format!("i-{i}.img")), 0),
+                    Step::Begin(s) => (Some(sender.begin(s, &format!("s{s}"), false)), 0),
+                    Step::Image(s, i) => (sender.begin_image(s, i, &format!("i-{i}.img"), false), 0),
                     Step::Data(s, i, len) => (sender.data(s, i, len), len),
                     Step::EndImage(s, i) => (sender.end_image(s, i), 0),
-                    Step::End(s) => (sender.end(s), 0),
+                    Step::End(s) => (sender.end(s, false), 0),
                 };
                 let action = receiver.receive(message.unwrap(), len).unwrap();
                 complete += u32::from(matches!(action, Action::Complete { .. }));

@@ -1,0 +1,74 @@
+//! Parts of images that a proxy asks for: what a dump reads of its parents.
+
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+use crate::criu::remote::PARENT;
+use crate::store::{Image, State, Store};
+use crate::wire::message::{Message, REGION_MAX, Region, RegionRequest};
+
+use super::answers::Answer;
+
+/// Why a region cannot be had.
+pub(super) type Refusal = (Errno, String);
+
+/// Answers a request, once the image that it asks for has ended.
+pub(super) async fn answer(store: &Store, asked: &RegionRequest) -> Answer {
+    match image(store, &asked.snapshot_id, &asked.name).await {
+        Ok(image) => {
+            let size = image.len();
+            let left = size.saturating_sub(asked.offset);
+            let len = left.min(u64::from(asked.len)).min(REGION_MAX as u64);
+            let region = Region { request: asked.request, size, ..Region::default() };
+            Answer::Part {
+                message: Message::Region(region),
+                image,
+                offset: asked.offset,
+                len: usize::try_from(len).unwrap_or(REGION_MAX),
+            }
+        }
+        Err((errno, reason)) => {
+            let error = errno.raw_os_error().unsigned_abs();
+            Answer::Message(Message::no_region(asked.request, error, &reason))
+        }
+    }
+}
+
+/// The image of a snapshot that need not have ended itself; one that is still coming is waited for.
+async fn image(store: &Store, id: &str, name: &str) -> Result<Rc<Image>, Refusal> {
+    if name == PARENT {
+        let list = store.list_image(id).map_err(|errno| (errno, errno.to_string()))?;
+        return list.ok_or_else(|| (Errno::NOENT, "the list is empty".to_owned()));
+    }
+    let mut changed = store.watch();
+    loop {
+        let Some(image) = look(store, id, name)? else { return Err(missing(id, name)) };
+        if image.is_whole() {
+            return Ok(image);
+        }
+        tokio::select! {
+            () = image.ended() => {}
+            // The store is there as long as the cache is.
+            _ = changed.changed() => {}
+        }
+    }
+}
+
+fn look(store: &Store, id: &str, name: &str) -> Result<Option<Rc<Image>>, Refusal> {
+    store
+        .find(id, |snapshot| match &snapshot.state {
+            State::Damaged { reason, .. } => {
+                Err((Errno::IO, format!("snapshot {id} is damaged: {reason}")))
+            }
+            State::Taken(_) => Err((Errno::STALE, format!("a restore has taken snapshot {id}"))),
+            State::Awaited | State::Receiving(_) | State::Whole(_) => {
+                Ok(snapshot.images().and_then(|images| images.get(name)).cloned())
+            }
+        })
+        .unwrap_or(Ok(None))
+}
+
+pub(super) fn missing(id: &str, name: &str) -> Refusal {
+    (Errno::NOENT, format!("snapshot {id} has no image {name}"))
+}

@@ -1,0 +1,159 @@
+//! One snapshot on its way to the cache, over a link that others share.
+
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::connection::{Command, Connection};
+use crate::sys::ends::Source;
+
+/// What becomes of a snapshot at the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// It is under way.
+    Open,
+    /// The cache has it.
+    Acknowledged {
+        /// Images that the cache has.
+        images: u64,
+        /// Bytes that the cache has.
+        bytes: u64,
+    },
+    /// It never will have it, and why.
+    Lost(String),
+}
+
+/// What came of a look at what has come of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Chunk {
+    /// So many bytes were sent.
+    Moved(u64),
+    /// Nothing was there yet.
+    NotYet,
+    /// The image has ended.
+    End,
+}
+
+/// What the cache says of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// It may come.
+    Ready,
+    /// The cache holds all of it.
+    Acknowledged,
+}
+
+/// One snapshot on its way to the cache. What is told to a connection that has broken goes nowhere:
+/// the [fate](Upload::fate) tells.
+#[derive(Debug)]
+pub struct Upload {
+    connection: Rc<Connection>,
+    snapshot: u32,
+    next_image: Cell<u32>,
+    fate: watch::Receiver<Fate>,
+    ready: watch::Receiver<u64>,
+    /// How often the cache has to be ready until it has heard all that it was told.
+    asked: Cell<u64>,
+}
+
+impl Upload {
+    /// A snapshot that has begun.
+    pub(super) fn new(
+        connection: Rc<Connection>,
+        snapshot: u32,
+        fate: watch::Receiver<Fate>,
+        ready: watch::Receiver<u64>,
+    ) -> Upload {
+        let (next_image, asked) = (Cell::new(0), Cell::new(1));
+        Upload { connection, snapshot, next_image, fate, ready, asked }
+    }
+
+    /// Appends the snapshot's id to a list.
+    pub async fn list(&self, list: &str) {
+        self.asked.set(self.asked.get() + 1);
+        let (snapshot, list) = (self.snapshot, list.to_owned());
+        self.connection.tell(Command::List { snapshot, list }).await;
+    }
+
+    /// Waits until the cache has accepted the snapshot and its entries in lists. False when it never
+    /// will: the [fate](Self::fate) tells why.
+    pub async fn ready(&self) -> bool {
+        let asked = self.asked.get();
+        self.ready.clone().wait_for(|times| *times >= asked).await.is_ok()
+    }
+
+    /// Begins an image, or goes on at its end; the number is for the calls that follow.
+    pub async fn begin_image(&self, name: &str, append: bool) -> u32 {
+        let image = self.next_image();
+        self.begin_image_as(image, name, append).await;
+        image
+    }
+
+    /// The same, for a writer that wants to hear what the cache says of it.
+    pub async fn begin_watched_image(
+        &self,
+        name: &str,
+        append: bool,
+    ) -> (u32, mpsc::UnboundedReceiver<Told>) {
+        let image = self.next_image();
+        let told = self.connection.watch_image(self.snapshot, image);
+        self.begin_image_as(image, name, append).await;
+        (image, told)
+    }
+
+    fn next_image(&self) -> u32 {
+        self.next_image.replace(self.next_image.get().wrapping_add(1))
+    }
+
+    async fn begin_image_as(&self, image: u32, name: &str, append: bool) {
+        let (snapshot, name) = (self.snapshot, name.to_owned());
+        self.connection.tell(Command::BeginImage { snapshot, image, name, append }).await;
+    }
+
+    /// Sends what has come of an image, at most one chunk.
+    pub async fn chunk(&self, image: u32, source: &Rc<Source>) -> io::Result<Chunk> {
+        let (moved, outcome) = oneshot::channel();
+        let (snapshot, source) = (self.snapshot, source.clone());
+        self.connection.tell(Command::Chunk { snapshot, image, source, moved }).await;
+        outcome.await.unwrap_or_else(|_| Err(io::ErrorKind::ConnectionAborted.into()))
+    }
+
+    /// Ends an image.
+    pub async fn end_image(&self, image: u32) {
+        self.connection.tell(Command::EndImage { snapshot: self.snapshot, image }).await;
+    }
+
+    /// Ends the snapshot: all was sent. What is `partial` need not be a checkpoint by itself.
+    pub async fn end(&self, partial: bool) {
+        self.connection.tell(Command::End { snapshot: self.snapshot, partial }).await;
+    }
+
+    /// Gives the snapshot up.
+    pub async fn abort(&self, reason: &str) {
+        self.connection.settle(self.snapshot, Fate::Lost(reason.to_owned()));
+        let reason = reason.to_owned();
+        self.connection.tell(Command::Abort { snapshot: self.snapshot, reason }).await;
+    }
+
+    /// Waits until the cache has acknowledged the snapshot or lost it.
+    pub async fn fate(&self) -> Fate {
+        let mut fate = self.fate.clone();
+        match fate.wait_for(|fate| *fate != Fate::Open).await {
+            Ok(settled) => settled.clone(),
+            Err(_) => Fate::Lost("the link has ended".to_owned()),
+        }
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        // A session that was torn down has told nobody: the cache need not wait for its link's end.
+        if *self.fate.borrow() == Fate::Open {
+            let reason = "the session at the proxy was torn down".to_owned();
+            self.connection.try_tell(Command::Abort { snapshot: self.snapshot, reason });
+        }
+        self.connection.forget(self.snapshot);
+    }
+}
