@@ -1,4 +1,4 @@
-//! One image of a restore, from its memfd into CRIU's pipe.
+//! One image of a restore, from its memfd into the pipe or the socket that it is read from.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -9,7 +9,8 @@ use rustix::io::Errno;
 
 use super::restore::Failure;
 use crate::store::Image;
-use crate::sys::pipe::{DEFAULT_CAPACITY, Pipe, PipeWriter, transfer_from_file};
+use crate::sys::ends::Sink;
+use crate::sys::pipe::{DEFAULT_CAPACITY, Pipe, transfer_from_file};
 
 /// What CRIU is reading, and how far it has come.
 #[derive(Debug, Default)]
@@ -36,12 +37,12 @@ impl Reading {
     }
 }
 
-/// One image on its way into CRIU's pipe.
+/// One image on its way to who reads it.
 ///
 /// CRIU holds its pipe's lock while it copies out of it. So the next bytes are looked up in the
 /// memfd meanwhile, into a pipe of our own, and then change pipes at once.
 pub(super) struct Fill {
-    pipe: PipeWriter,
+    sink: Sink,
     image: Rc<Image>,
     staging: Pipe,
     reading: Rc<Reading>,
@@ -51,7 +52,7 @@ pub(super) struct Fill {
 impl Fill {
     /// Makes ready to serve an image.
     pub(super) fn begin(
-        pipe: PipeWriter,
+        sink: Sink,
         image: Rc<Image>,
         pipe_size: usize,
         reading: &Rc<Reading>,
@@ -59,21 +60,23 @@ impl Fill {
         let large = image.len() > DEFAULT_CAPACITY as u64;
         let capacity = if large { pipe_size } else { DEFAULT_CAPACITY };
         if large {
-            pipe.grow(capacity);
+            sink.grow(capacity);
         }
         let staging = Pipe::new(capacity)?;
         reading.begin(image.name());
-        Ok(Fill { pipe, image, staging, reading: reading.clone(), taken: 0 })
+        Ok(Fill { sink, image, staging, reading: reading.clone(), taken: 0 })
     }
 
-    /// Returns how many bytes CRIU took: it may close a pipe before its end (it does so for nftables
+    /// Returns how many bytes were taken: CRIU may close a pipe before its end (it does so for nftables
     /// images), and that is the image's end.
     pub(super) async fn run(mut self) -> Result<u64, Failure> {
         let filled = self.fill().await;
         let name = self.image.name();
         self.reading.end(name);
         match filled {
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::PIPE) => {
+            Err(error)
+                if matches!(Errno::from_io_error(&error), Some(Errno::PIPE | Errno::CONNRESET)) =>
+            {
                 tracing::debug!(criu_image = name, "closed after {} bytes", self.taken);
             }
             Err(cause) => return Err(Failure::Image { name: name.to_owned(), cause }),
@@ -91,7 +94,7 @@ impl Fill {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             while staged > 0 {
-                let moved = self.pipe.transfer_from(&self.staging, staged).await?;
+                let moved = self.sink.transfer_from(&self.staging, staged).await?;
                 staged -= moved;
                 self.taken += moved as u64;
                 self.reading.bytes.set(self.reading.bytes.get() + moved as u64);

@@ -2,9 +2,11 @@
 //!
 //! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it,
 //!   `answers` what goes back, `regions` the parts of images that it asks for.
+//! - [`remote`]: one client that names what it reads.
 //! - [`restore`]: one CRIU run, as a list of phases; `fill` is an image on its way out.
 
 pub mod link;
+pub mod remote;
 pub mod restore;
 
 mod answers;
@@ -14,6 +16,7 @@ mod incoming;
 mod regions;
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
 use std::path::PathBuf;
@@ -25,6 +28,7 @@ use tracing::Level;
 
 use crate::config::CacheSettings;
 use crate::control::model::LinkStatus;
+use crate::criu::remote::CACHE_SOCKET;
 use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::accept::{Listeners, accept_each, permits};
 use crate::daemon::handed_over::into_tokio;
@@ -47,6 +51,8 @@ pub struct Cache {
     serving: Sessions,
     listeners: Listeners,
     rate: Rate,
+    /// What was read of by clients that name it, and whose restore has not ended.
+    read: RefCell<BTreeSet<String>>,
     /// Bytes that restores have read.
     served: Cell<u64>,
     started_ms: u64,
@@ -61,6 +67,7 @@ impl Cache {
             serving: Sessions::default(),
             listeners: Listeners::default(),
             rate: Rate::default(),
+            read: RefCell::default(),
             served: Cell::new(0),
             started_ms: now_ms(),
             settings: RefCell::new(Rc::new(settings)),
@@ -152,6 +159,7 @@ impl Daemon for Cache {
             daemon: Self::NAME,
             work_dir: &settings.work_dir,
             stream: SERVE_SOCKET,
+            remote: CACHE_SOCKET,
             link: Some(&settings.listen),
         }
     }
@@ -167,12 +175,22 @@ impl Daemon for Cache {
     fn start(settings: CacheSettings, sockets: Sockets) -> io::Result<Rc<Cache>> {
         let max = permits(settings.sessions.max);
         let max_links = permits(settings.link.max);
+        let max_clients = permits(settings.remote.max);
         let cache = Cache::new(settings);
         for listener in sockets.stream {
             let (cache, max, listener) = (cache.clone(), max.clone(), into_tokio(listener)?);
             cache.clone().listeners.start(async move {
                 let accept = async || Ok(listener.accept().await?.0);
                 accept_each("stream", max, accept, |socket| cache.clone().serve(socket)).await;
+            });
+        }
+        for listener in sockets.remote {
+            let max = max_clients.clone();
+            let (cache, listener) = (cache.clone(), into_tokio(listener)?);
+            cache.clone().listeners.start(async move {
+                let accept = async || Ok(listener.accept().await?.0);
+                accept_each("remote", max, accept, |socket| remote::serve(cache.clone(), socket))
+                    .await;
             });
         }
         for listener in sockets.link {

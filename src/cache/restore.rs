@@ -15,6 +15,7 @@ use crate::criu::stream::{decode_request, encode_reply};
 use crate::daemon::journal;
 use crate::daemon::sessions::{BadSession, Peer, Session, closed, read_request, receive_pipe};
 use crate::store::{Claim, Images, Key, Unavailable};
+use crate::sys::ends::Sink;
 use crate::sys::pipe::PipeWriter;
 
 use super::Cache;
@@ -200,7 +201,8 @@ impl Restore<'_> {
         let pipe = receive_pipe(&self.socket, name, patience, PipeWriter::adopt).await?;
         let pipe_size = usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX);
         let served = |cause| Failure::Image { name: name.to_owned(), cause };
-        let fill = Fill::begin(pipe, image.clone(), pipe_size, &self.reading).map_err(served)?;
+        let fill = Fill::begin(Sink::Pipe(pipe), image.clone(), pipe_size, &self.reading)
+            .map_err(served)?;
         self.sent.images += 1;
         self.pipes.spawn_local(fill.run());
         while let Some(filled) = self.pipes.try_join_next() {

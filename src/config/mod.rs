@@ -23,8 +23,8 @@ mod tests;
 
 pub use error::{ConfigError, Problem};
 pub use settings::{
-    CacheLinkSettings, CacheSettings, Keep, LinkSettings, LogSettings, ProxySettings,
-    SessionSettings, StoreSettings,
+    CacheLinkSettings, CacheRemoteSettings, CacheSettings, Keep, LinkSettings, LogSettings,
+    ProxyRemoteSettings, ProxySettings, Reads, SessionSettings, StoreSettings,
 };
 
 /// The port of the link, where an address names none.

@@ -59,15 +59,35 @@ prop_compose! {
     }
 }
 
+fn reads() -> impl Strategy<Value = Reads> {
+    prop_oneof![Just(Reads::Socket), Just(Reads::Pipe)]
+}
+
+prop_compose! {
+    fn proxy_remote()(
+        max in count(), idle_timeout in span(), reads in reads(), historical_endings: bool,
+    ) -> ProxyRemoteSettings {
+        ProxyRemoteSettings { max, idle_timeout, reads, historical_endings }
+    }
+}
+
+prop_compose! {
+    fn cache_remote()(
+        max in count(), reads in reads(), historical_endings: bool,
+    ) -> CacheRemoteSettings {
+        CacheRemoteSettings { max, reads, historical_endings }
+    }
+}
+
 prop_compose! {
     fn proxy()(
         cache in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}", name in "[a-z._-]{0,64}",
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4),
-        link in link(), sessions in sessions(), level in level(),
+        link in link(), sessions in sessions(), remote in proxy_remote(), level in level(),
     ) -> ProxySettings {
         let log = LogSettings { level };
         let work_dir = work_dir.into();
-        ProxySettings { cache, insecure, work_dir, name, allow_uids, link, sessions, log }
+        ProxySettings { cache, insecure, work_dir, name, allow_uids, link, sessions, remote, log }
     }
 }
 
@@ -76,11 +96,11 @@ prop_compose! {
         listen in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}",
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4), store in store(),
         (keep_alive, hello_timeout, max) in (span(), span(), count()),
-        sessions in sessions(), level in level(),
+        sessions in sessions(), remote in cache_remote(), level in level(),
     ) -> CacheSettings {
         let (log, work_dir) = (LogSettings { level }, work_dir.into());
         let link = CacheLinkSettings { keep_alive, hello_timeout, max };
-        CacheSettings { listen, insecure, work_dir, allow_uids, store, link, sessions, log }
+        CacheSettings { listen, insecure, work_dir, allow_uids, store, link, sessions, remote, log }
     }
 }
 

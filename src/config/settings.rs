@@ -40,6 +40,8 @@ pub struct ProxySettings {
     pub link: LinkSettings,
     /// The CRIU runs that are connected.
     pub sessions: SessionSettings,
+    /// The clients of the remote protocol.
+    pub remote: ProxyRemoteSettings,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -54,6 +56,7 @@ impl Default for ProxySettings {
             allow_uids: Vec::new(),
             link: LinkSettings::default(),
             sessions: SessionSettings::default(),
+            remote: ProxyRemoteSettings::default(),
             log: LogSettings::default(),
         }
     }
@@ -148,6 +151,8 @@ pub struct CacheSettings {
     pub link: CacheLinkSettings,
     /// The CRIU runs that are connected.
     pub sessions: SessionSettings,
+    /// The clients of the remote protocol.
+    pub remote: CacheRemoteSettings,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -162,6 +167,7 @@ impl Default for CacheSettings {
             store: StoreSettings::default(),
             link: CacheLinkSettings::default(),
             sessions: SessionSettings::default(),
+            remote: CacheRemoteSettings::default(),
             log: LogSettings::default(),
         }
     }
@@ -236,6 +242,61 @@ impl Default for CacheLinkSettings {
     fn default() -> Self {
         Self { keep_alive: Duration::from_secs(10), hello_timeout: Duration::from_secs(5), max: 64 }
     }
+}
+
+/// `[remote]` of the proxy: the clients of `img-proxy.sock`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ProxyRemoteSettings {
+    /// How many clients may be connected at once.
+    #[serde(with = "As::<Count>")]
+    pub max: u64,
+    /// How long a snapshot may lack its end while nobody writes to it.
+    #[serde(with = "As::<Span>")]
+    pub idle_timeout: Duration,
+    /// How a client reads that does not say.
+    #[serde(with = "As::<Reads>")]
+    pub reads: Reads,
+    /// Whether the endings of the old clients are understood.
+    #[serde(with = "As::<Flag>")]
+    pub historical_endings: bool,
+}
+
+impl Default for ProxyRemoteSettings {
+    fn default() -> Self {
+        let CacheRemoteSettings { max, reads, historical_endings } = CacheRemoteSettings::default();
+        Self { max, idle_timeout: Duration::from_secs(3600), reads, historical_endings }
+    }
+}
+
+/// `[remote]` of the cache: the clients of `img-cache.sock`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct CacheRemoteSettings {
+    /// How many clients may be connected at once.
+    #[serde(with = "As::<Count>")]
+    pub max: u64,
+    /// How a client reads that does not say.
+    #[serde(with = "As::<Reads>")]
+    pub reads: Reads,
+    /// Whether the endings of the old clients are understood.
+    #[serde(with = "As::<Flag>")]
+    pub historical_endings: bool,
+}
+
+impl Default for CacheRemoteSettings {
+    fn default() -> Self {
+        Self { max: 4096, reads: Reads::Socket, historical_endings: false }
+    }
+}
+
+/// How the bytes of an image reach a client that reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// `"socket"`: on the socket.
+    Socket,
+    /// `"pipe"`: through a pipe that the client passes.
+    Pipe,
 }
 
 /// `[log]`: what goes to the journal.

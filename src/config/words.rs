@@ -1,6 +1,6 @@
 //! The values that are no quantities: flags, addresses, names, paths, log levels.
 
-use super::{LINK_PORT, syntax::Syntax};
+use super::{LINK_PORT, Reads, syntax::Syntax};
 use serde::Serializer;
 use std::{
     fmt,
@@ -115,6 +115,29 @@ impl Syntax for SocketDir {
 
     fn write<S: Serializer>(path: &PathBuf, s: S) -> Result<S::Ok, S::Error> {
         s.serialize_str(&path.to_string_lossy())
+    }
+}
+
+impl Syntax for Reads {
+    type Value = Self;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(r#""socket" or "pipe""#)
+    }
+
+    fn from_text(text: &str) -> Option<Self> {
+        match text {
+            "socket" => Some(Reads::Socket),
+            "pipe" => Some(Reads::Pipe),
+            _ => None,
+        }
+    }
+
+    fn write<S: Serializer>(reads: &Self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(match reads {
+            Reads::Socket => "socket",
+            Reads::Pipe => "pipe",
+        })
     }
 }
 

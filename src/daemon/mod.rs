@@ -8,6 +8,7 @@ pub mod journal;
 mod logging;
 mod notify;
 pub mod rate;
+pub mod remote;
 mod service;
 pub mod sessions;
 mod sockets;

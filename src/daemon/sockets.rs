@@ -11,6 +11,7 @@ use crate::sys::unix;
 
 /// Names of the sockets, as `FileDescriptorName=` has them.
 const STREAM: &str = "stream";
+const REMOTE: &str = "remote";
 const CONTROL: &str = "control";
 const LINK: &str = "link";
 
@@ -22,6 +23,8 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 pub struct Sockets {
     /// CRIU's stream protocol.
     pub stream: Vec<UnixListener>,
+    /// The remote protocol.
+    pub remote: Vec<UnixListener>,
     /// Varlink.
     pub control: Vec<UnixListener>,
     /// The link (cache only).
@@ -80,6 +83,8 @@ pub struct Wanted<'a> {
     pub work_dir: &'a Path,
     /// The stream socket's name in it.
     pub stream: &'static str,
+    /// The remote protocol's socket in it.
+    pub remote: &'static str,
     /// The link's address, where the daemon listens for one.
     pub link: Option<&'a str>,
 }
@@ -101,21 +106,23 @@ impl Sockets {
         for (index, name) in names.into_iter().enumerate() {
             let taken = match name.as_str() {
                 STREAM => take_unix(&mut descriptors, index, &mut sockets.stream),
+                REMOTE => take_unix(&mut descriptors, index, &mut sockets.remote),
                 CONTROL => take_unix(&mut descriptors, index, &mut sockets.control),
                 LINK if wanted.link.is_some() => descriptors
                     .take_tcp_listener(index)
                     .map(|listener| sockets.link.extend(listener)),
                 _ => {
                     let known = if wanted.link.is_some() {
-                        "stream, control, link"
+                        "stream, remote, control, link"
                     } else {
-                        "stream, control"
+                        "stream, remote, control"
                     };
                     return Err(SocketError::Unknown(name, known.to_owned()));
                 }
             };
             taken.map_err(|cause| SocketError::Descriptor { name, cause })?;
         }
+        // Only who has clients for it starts the socket of the remote protocol.
         for (name, missing) in [
             (STREAM, sockets.stream.is_empty()),
             (CONTROL, sockets.control.is_empty()),
@@ -138,6 +145,7 @@ impl Sockets {
             .map_err(|cause| SocketError::Bind { path: wanted.work_dir.to_owned(), cause })?;
         let mut sockets = Sockets {
             stream: vec![bind(wanted.stream)?],
+            remote: vec![bind(wanted.remote)?],
             control: vec![bind(CONTROL_SOCKET)?],
             link: Vec::new(),
         };

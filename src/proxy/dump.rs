@@ -23,7 +23,7 @@ use super::failure::Failure;
 use super::forward::Forward;
 use super::records::Record;
 use super::requests::{Request, Requests};
-use super::upload::{Fate, Upload};
+use super::upload::{Upload, lost};
 use crate::sys::ends::Source;
 
 /// Which snapshot a dump becomes, and where it goes.
@@ -91,7 +91,7 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
         };
         let result = dump.run(first, requests).await;
         record.end(result.as_ref().err().map(ToString::to_string));
-        tell(&record, &result, started);
+        tell(&record, result.as_ref().err(), started);
         result.is_ok()
     }
     .instrument(span)
@@ -99,12 +99,12 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
 }
 
 /// The one line that the journal gets for a snapshot.
-fn tell(record: &Record, result: &Result<(), Failure>, started: Instant) {
+pub(super) fn tell(record: &Record, failure: Option<&Failure>, started: Instant) {
     let info = record.info();
     let criu_seconds = started.elapsed().as_secs_f64();
     let (criu_bytes, criu_images) = (info.bytes, info.images);
-    match result {
-        Ok(()) => tracing::info!(
+    match failure {
+        None => tracing::info!(
             message_id = journal::SNAPSHOT_SENT,
             criu_bytes,
             criu_images,
@@ -113,7 +113,7 @@ fn tell(record: &Record, result: &Result<(), Failure>, started: Instant) {
             info.id,
             info.peer,
         ),
-        Err(failure) => tracing::warn!(
+        Some(failure) => tracing::warn!(
             message_id = journal::SNAPSHOT_DAMAGED,
             criu_image = failure.image(),
             criu_bytes,
@@ -204,7 +204,7 @@ impl Dump<'_> {
     ) -> Result<(), Failure> {
         let (name, pipe) = request?;
         capture.open(&name)?;
-        self.record.begin_image(&name);
+        self.record.begin_image(&name, false);
         self.written.set(Instant::now());
         let image = upload.begin_image(&name, false).await;
         let forward = Forward {
@@ -224,32 +224,11 @@ impl Dump<'_> {
 
     /// All was sent: waits for the cache's word.
     async fn finish(&self, upload: &Upload) -> Result<(), Failure> {
-        upload.end(false).await;
+        let sent = self.record.info();
         let limit = self.settings.link.ack_timeout;
-        let fate = tokio::select! {
-            fate = timeout(limit, upload.fate()) => fate,
-            reason = self.record.stopped() => return Err(Failure::Stopped(reason)),
-        };
-        match fate {
-            Err(_) => Err(Failure::Lost(format!("no acknowledgement within {limit:?}"))),
-            Ok(Fate::Acknowledged { images, bytes }) => {
-                let sent = self.record.info();
-                if (images, bytes) == (sent.images, sent.bytes) {
-                    return Ok(());
-                }
-                Err(Failure::Lost(format!(
-                    "the cache acknowledged {images} images with {bytes} bytes, {} with {} were sent",
-                    sent.images, sent.bytes
-                )))
-            }
-            Ok(fate) => Err(lost(fate)),
+        tokio::select! {
+            finished = upload.finish(false, limit, (sent.images, sent.bytes)) => finished,
+            reason = self.record.stopped() => Err(Failure::Stopped(reason)),
         }
     }
-}
-
-fn lost(fate: Fate) -> Failure {
-    Failure::Lost(match fate {
-        Fate::Lost(reason) => reason,
-        Fate::Open | Fate::Acknowledged { .. } => "the cache acknowledged it too early".to_owned(),
-    })
 }

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use super::failure::Failure;
 use super::records::{Record, Records};
 use super::upload::{Chunk, Upload};
+use crate::daemon::remote::BadClient;
 use crate::sys::ends::Source;
 use crate::sys::pipe::DEFAULT_CAPACITY;
 
@@ -30,8 +31,33 @@ pub(super) struct Forward {
 impl Forward {
     /// Forwards until the image has ended; returns its name.
     pub(super) async fn run(self) -> Result<String, Failure> {
-        match self.forward().await {
-            Ok(()) => Ok(self.name),
+        let forwarded = self.forward().await;
+        self.ended(forwarded).await
+    }
+
+    /// The same for an image whose writer says that it has come to its end.
+    pub(super) async fn run_until_said(
+        self,
+        said: impl Future<Output = Result<bool, BadClient>>,
+    ) -> Result<String, Failure> {
+        let forwarded = match self.forward().await {
+            Ok(()) => match said.await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err("its writer went away in the middle of it".to_owned()),
+                Err(bad) => Err(bad.to_string()),
+            },
+            failed => failed,
+        };
+        self.ended(forwarded).await
+    }
+
+    async fn ended(self, forwarded: Result<(), String>) -> Result<String, Failure> {
+        match forwarded {
+            Ok(()) => {
+                self.record.end_image(&self.name);
+                self.upload.end_image(self.image).await;
+                Ok(self.name)
+            }
             Err(cause) => Err(Failure::Image { name: self.name, cause }),
         }
     }
@@ -46,7 +72,7 @@ impl Forward {
             }
             match self.upload.chunk(self.image, &self.source).await.map_err(said)? {
                 Chunk::NotYet => {}
-                Chunk::End => break,
+                Chunk::End => return Ok(()),
                 Chunk::Moved(bytes) => {
                     self.written.set(Instant::now());
                     self.record.sent(&self.name, bytes);
@@ -59,9 +85,6 @@ impl Forward {
                 }
             }
         }
-        self.record.end_image(&self.name);
-        self.upload.end_image(self.image).await;
-        Ok(())
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! - [`dump`]: one CRIU run, as a list of phases; `requests` and `forward` are its ends, towards
 //!   CRIU's socket and from CRIU's pipes.
+//! - `remote`: the clients that name their images, and the snapshots that they have begun.
 //! - [`link`]: the links to caches, made when there is something to send.
-//! - [`connection`]: a link that is up, and the snapshots that share it.
+//! - [`connection`]: a link that is up, and the snapshots that share it, each an [`upload`].
 //! - [`records`]: what was sent, for `criu-imagectl` and the status line.
 
 pub mod connection;
@@ -15,6 +16,7 @@ pub mod upload;
 mod control;
 mod failure;
 mod forward;
+mod remote;
 mod requests;
 
 use std::cell::RefCell;
@@ -26,6 +28,7 @@ use tokio::net::UnixStream;
 use tracing::Level;
 
 use crate::config::ProxySettings;
+use crate::criu::remote::PROXY_SOCKET;
 use crate::criu::stream::CAPTURE_SOCKET;
 use crate::daemon::accept::{Listeners, accept_each, permits};
 use crate::daemon::handed_over::into_tokio;
@@ -37,6 +40,7 @@ use crate::sys::clock::{host_name, now_ms};
 use dump::Target;
 use link::Links;
 use records::Records;
+use remote::Remote;
 
 /// The proxy.
 #[derive(Debug)]
@@ -45,6 +49,7 @@ pub struct Proxy {
     name: String,
     links: Links,
     records: Rc<Records>,
+    remote: Rc<Remote>,
     sessions: Sessions,
     listeners: Listeners,
     rate: Rate,
@@ -58,6 +63,7 @@ impl Proxy {
             links: Links::new(name.clone()),
             name,
             records: Rc::default(),
+            remote: Rc::default(),
             sessions: Sessions::default(),
             listeners: Listeners::default(),
             rate: Rate::default(),
@@ -94,6 +100,7 @@ impl Daemon for Proxy {
             daemon: Self::NAME,
             work_dir: &settings.work_dir,
             stream: CAPTURE_SOCKET,
+            remote: PROXY_SOCKET,
             link: None,
         }
     }
@@ -108,12 +115,22 @@ impl Daemon for Proxy {
 
     fn start(settings: ProxySettings, sockets: Sockets) -> io::Result<Rc<Proxy>> {
         let max = permits(settings.sessions.max);
+        let max_clients = permits(settings.remote.max);
         let proxy = Proxy::new(settings);
         for listener in sockets.stream {
             let (proxy, max, listener) = (proxy.clone(), max.clone(), into_tokio(listener)?);
             proxy.clone().listeners.start(async move {
                 let accept = async || Ok(listener.accept().await?.0);
                 accept_each("stream", max, accept, |socket| proxy.clone().serve(socket)).await;
+            });
+        }
+        for listener in sockets.remote {
+            let max = max_clients.clone();
+            let (proxy, listener) = (proxy.clone(), into_tokio(listener)?);
+            proxy.clone().listeners.start(async move {
+                let accept = async || Ok(listener.accept().await?.0);
+                accept_each("remote", max, accept, |socket| remote::session::serve(&proxy, socket))
+                    .await;
             });
         }
         for listener in sockets.control {
@@ -131,6 +148,7 @@ impl Daemon for Proxy {
     fn tick(&self) {
         self.rate.sample(self.records.total());
         self.records.forget_old();
+        self.remote.expire(self.settings().remote.idle_timeout);
     }
 
     fn status_line(&self) -> String {

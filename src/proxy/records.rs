@@ -163,10 +163,12 @@ impl Record {
         self.images.borrow_mut().clear();
     }
 
-    /// An image begins.
-    pub fn begin_image(&self, name: &str) {
-        let image = Image { name: name.to_owned(), bytes: 0, whole: false };
-        self.images.borrow_mut().insert(name.to_owned(), image);
+    /// An image begins, or goes on.
+    pub fn begin_image(&self, name: &str, append: bool) {
+        let mut images = self.images.borrow_mut();
+        let bytes = images.get(name).filter(|_| append).map_or(0, |image| image.bytes);
+        let image = Image { name: name.to_owned(), bytes, whole: false };
+        images.insert(name.to_owned(), image);
         self.info.borrow_mut().images += 1;
     }
 

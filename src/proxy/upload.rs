@@ -3,10 +3,13 @@
 use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 use super::connection::{Command, Connection};
+use super::failure::Failure;
 use crate::sys::ends::Source;
 
 /// What becomes of a snapshot at the cache.
@@ -130,6 +133,33 @@ impl Upload {
         self.connection.tell(Command::End { snapshot: self.snapshot, partial }).await;
     }
 
+    /// Waits until the snapshot can no longer be acknowledged; never when it was.
+    pub(super) async fn lost(&self) -> Fate {
+        match self.fate().await {
+            Fate::Acknowledged { .. } => std::future::pending().await,
+            fate => fate,
+        }
+    }
+
+    /// Ends the snapshot, and waits until the cache has acknowledged `sent`: images and bytes.
+    pub(super) async fn finish(
+        &self,
+        partial: bool,
+        limit: Duration,
+        sent: (u64, u64),
+    ) -> Result<(), Failure> {
+        self.end(partial).await;
+        match timeout(limit, self.fate()).await {
+            Err(_) => Err(Failure::Lost(format!("no acknowledgement within {limit:?}"))),
+            Ok(Fate::Acknowledged { images, bytes }) if (images, bytes) == sent => Ok(()),
+            Ok(Fate::Acknowledged { images, bytes }) => Err(Failure::Lost(format!(
+                "the cache acknowledged {images} images with {bytes} bytes, {} with {} were sent",
+                sent.0, sent.1
+            ))),
+            Ok(fate) => Err(lost(fate)),
+        }
+    }
+
     /// Gives the snapshot up.
     pub async fn abort(&self, reason: &str) {
         self.connection.settle(self.snapshot, Fate::Lost(reason.to_owned()));
@@ -145,6 +175,14 @@ impl Upload {
             Err(_) => Fate::Lost("the link has ended".to_owned()),
         }
     }
+}
+
+/// Why a snapshot is lost whose fate is known.
+pub(super) fn lost(fate: Fate) -> Failure {
+    Failure::Lost(match fate {
+        Fate::Lost(reason) => reason,
+        Fate::Open | Fate::Acknowledged { .. } => "the cache acknowledged it too early".to_owned(),
+    })
 }
 
 impl Drop for Upload {

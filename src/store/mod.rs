@@ -397,7 +397,9 @@ impl Store {
             }
             keeps
         });
-        expired.iter().for_each(|id| self.lists.borrow_mut().forget(id));
+        for id in &expired {
+            self.lists.borrow_mut().forget(id);
+        }
         if !expired.is_empty() {
             self.changed.send_replace(());
         }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 
+use rustix::net::{SendFlags, send};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -97,6 +98,22 @@ impl Sink {
                 socket.async_io(Interest::WRITABLE, send).await
             }
         }
+    }
+
+    /// Writes bytes from memory, for what is small.
+    pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let written = match self {
+                Sink::Pipe(pipe) => pipe.write(bytes).await?,
+                Sink::Socket(socket) => {
+                    let write =
+                        || Ok(send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?);
+                    socket.async_io(Interest::WRITABLE, write).await?
+                }
+            };
+            bytes = &bytes[written..];
+        }
+        Ok(())
     }
 
     /// Grows a pipe; a socket stays as it is.

@@ -146,6 +146,17 @@ impl PipeWriter {
         }
     }
 
+    /// Writes bytes from memory, waiting for room; returns how many.
+    pub async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            self.0.writable().await?;
+            match self.0.try_write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return written,
+            }
+        }
+    }
+
     /// Grows the pipe, see [`grow`].
     pub fn grow(&self, capacity: usize) {
         grow(&self.0, capacity);

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use criu_image_relay::wire::frame::{self, HEADER_LEN, Header, PREFACE_LEN};
-use criu_image_relay::wire::message::{KeepAlive, Message};
+use criu_image_relay::wire::message::Message;
 
 use crate::daemons::SOON;
 
@@ -58,11 +58,11 @@ impl Link {
         assert_eq!(bytes, frame::preface());
     }
 
-    /// The next message that is no keep-alive, with its payload; `None` at the end of the link.
+    /// The next message that is not said in passing, with its payload; `None` at the end of the link.
     pub(crate) fn receive(&mut self) -> Option<(Message, Vec<u8>)> {
         loop {
             let received = self.receive_any()?;
-            if !matches!(received.0, Message::KeepAlive(_)) {
+            if !in_passing(&received.0) {
                 return Some(received);
             }
         }
@@ -98,7 +98,7 @@ impl Link {
         goodbye
     }
 
-    /// The link is up, and nothing is said on it for now.
+    /// The link is up, and nothing but what is said in passing comes on it for now.
     #[track_caller]
     pub(crate) fn assert_quiet(&mut self) {
         let a_while = Duration::from_millis(150);
@@ -110,10 +110,21 @@ impl Link {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) => panic!("{error}"),
                 Ok(_) => {
-                    let said = self.receive_any().map(|(message, _)| message);
-                    assert_eq!(said, Some(Message::KeepAlive(KeepAlive {})));
+                    let (said, _) = self.receive_any().expect("a link that is up");
+                    assert!(in_passing(&said), "{said:?}");
                 }
             }
         }
     }
+}
+
+/// Whether a message says only that all goes well so far.
+fn in_passing(message: &Message) -> bool {
+    matches!(
+        message,
+        Message::KeepAlive(_)
+            | Message::SnapshotReady(_)
+            | Message::ImageReady(_)
+            | Message::ImageAck(_)
+    )
 }

@@ -117,7 +117,7 @@ fn a_second_hello_ends_its_link() {
 #[test]
 fn lengths_over_the_limits_end_their_link() {
     for (header, cause) in [
-        (b"\x04\0\x01\x10\0\0\0\0", "a message of 4097 bytes; at most 4096 are accepted"),
+        (b"\x04\0\x01\x40\0\0\0\0", "a message of 16385 bytes; at most 16384 are accepted"),
         (b"\x0a\0\0\0\x01\0\0\x01", "a payload of 16777217 bytes; at most 16777216 are accepted"),
         (b"\xff\xff\xff\xff\xff\xff\xff\xff", "a message of 65535 bytes"),
     ] {

@@ -115,7 +115,7 @@ fn an_answer_that_is_no_welcome_is_no_link() {
     assert_no_link(answer(Message::goodbye("go away")), "the cache refuses: go away");
     let garbage =
         |link: &mut Link| link.say(&[&frame::preface()[..], &[0xff; frame::HEADER_LEN]].concat());
-    assert_no_link(garbage, "a message of 65535 bytes; at most 4096 are accepted");
+    assert_no_link(garbage, "a message of 65535 bytes; at most 16384 are accepted");
 }
 
 #[test]

@@ -30,12 +30,16 @@ impl ProxyStandin {
     }
 
     pub(crate) fn begin(&mut self, snapshot: u32, id: &str) {
-        self.link.send(&Message::SnapshotBegin(SnapshotBegin { snapshot, id: id.to_owned() }));
+        self.link.send(&Message::SnapshotBegin(SnapshotBegin {
+            snapshot,
+            id: id.to_owned(),
+            named: false,
+        }));
     }
 
     pub(crate) fn begin_image(&mut self, snapshot: u32, image: u32, name: &str) {
         let name = name.to_owned();
-        self.link.send(&Message::ImageBegin(ImageBegin { snapshot, image, name }));
+        self.link.send(&Message::ImageBegin(ImageBegin { snapshot, image, name, append: false }));
     }
 
     pub(crate) fn data(&mut self, snapshot: u32, image: u32, offset: u64, payload: &[u8]) {
@@ -48,7 +52,8 @@ impl ProxyStandin {
     }
 
     pub(crate) fn end(&mut self, snapshot: u32, images: u64, bytes: usize) {
-        let end = SnapshotEnd { snapshot, complete: true, images, bytes: bytes as u64 };
+        let end =
+            SnapshotEnd { snapshot, complete: true, images, bytes: bytes as u64, partial: false };
         self.link.send(&Message::SnapshotEnd(end));
     }
 

@@ -1,0 +1,225 @@
+//! One client of `img-cache.sock`, which names the images that it reads, from its first request to its
+//! last.
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use rustix::io::Errno;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use tracing::Instrument;
+
+use super::Cache;
+use super::fill::{Fill, Reading};
+use super::regions::{Refusal, missing};
+use super::restore::Failure;
+use crate::config::{CacheSettings, Reads};
+use crate::criu::remote::{Reply, Request};
+use crate::daemon::journal;
+use crate::daemon::remote::{BadClient, Client};
+use crate::daemon::sessions::{Peer, closed};
+use crate::store::{Image, Key, State};
+
+/// Why a session ends before the client ends it.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("{0}")]
+    Client(#[from] BadClient),
+    #[error("{0}")]
+    Failed(#[from] Failure),
+    #[error("{1}")]
+    Refused(Errno, String),
+}
+
+/// Serves one client.
+pub(super) async fn serve(cache: Rc<Cache>, socket: UnixStream) {
+    let Some(peer) = cache.admit(&socket) else { return };
+    let settings = cache.settings();
+    let patience = settings.sessions.request_timeout;
+    let client = Client::new(socket, patience, settings.remote.historical_endings);
+    let span = tracing::info_span!("remote", criu_peer = %peer);
+    let mut session = Session { cache, settings, client };
+    if let Err(ended) = session.run().instrument(span).await {
+        tell(peer, &ended);
+    }
+}
+
+struct Session {
+    cache: Rc<Cache>,
+    settings: Rc<CacheSettings>,
+    client: Client,
+}
+
+impl Session {
+    async fn run(&mut self) -> Result<(), Ended> {
+        loop {
+            let request = match self.client.next().await {
+                Ok(Some(request)) => request,
+                Ok(None) => return Ok(()),
+                Err(BadClient::Header(bad)) => {
+                    self.refuse((Errno::INVAL, bad.to_string())).await?;
+                    return Ok(());
+                }
+                Err(bad) => return Err(bad.into()),
+            };
+            let _session = self.cache.restores.enter();
+            if !self.perform(request).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Does what is asked for. Returns whether the connection can carry another request.
+    async fn perform(&self, request: Request) -> Result<bool, Ended> {
+        match request {
+            Request::Read { snapshot, name, pipe } => {
+                let through_pipe = pipe.unwrap_or(self.settings.remote.reads == Reads::Pipe);
+                match self.while_there(self.image(&snapshot, &name)).await? {
+                    Ok(image) => {
+                        self.cache.read.borrow_mut().insert(snapshot);
+                        self.send(image, through_pipe).await
+                    }
+                    Err(refusal) => self.refuse(refusal).await,
+                }
+            }
+            Request::ReadList { list, pipe } => match self.while_there(self.list(&list)).await? {
+                Ok(image) => self.send(image, pipe).await,
+                Err(refusal) => self.refuse(refusal).await,
+            },
+            Request::EndOfRestore { snapshot } => {
+                let Some(taken) = self.cache.store.restored(&snapshot) else {
+                    let reason = format!("there is no snapshot {snapshot} that could be taken");
+                    return self.refuse((Errno::NOENT, reason)).await;
+                };
+                self.taken(&taken);
+                self.reply(&Reply::done()).await
+            }
+            Request::HistoricalEndOfRestore => {
+                let read: Vec<_> = self.cache.read.borrow().iter().cloned().collect();
+                for taken in read.iter().filter_map(|id| self.cache.store.restored(id)) {
+                    self.taken(&taken);
+                }
+                self.cache.read.borrow_mut().clear();
+                self.reply(&Reply::done()).await
+            }
+            Request::Write { .. }
+            | Request::AppendToList { .. }
+            | Request::EndOfDump { .. }
+            | Request::HistoricalEndOfDump => {
+                let reason = "images are written and dumps end at the proxy, not at the cache";
+                self.refuse((Errno::INVAL, reason.to_owned())).await
+            }
+        }
+    }
+
+    /// Waits as long as the client does.
+    async fn while_there<T>(&self, wait: impl Future<Output = T>) -> Result<T, Ended> {
+        tokio::select! {
+            found = wait => Ok(found),
+            () = closed(self.client.socket()) => Err(Failure::Left.into()),
+        }
+    }
+
+    /// An image of a snapshot, once that is whole: what a snapshot lacks that turns out to be damaged
+    /// would else look like a part of it.
+    async fn image(&self, id: &str, name: &str) -> Result<Rc<Image>, Refusal> {
+        let store = &self.cache.store;
+        let claim = store.peek(self.listed(id).await);
+        let images = claim.images().await;
+        let images = images.map_err(|unavailable| (Errno::IO, unavailable.to_string()))?;
+        if store.find(id, |found| matches!(found.state, State::Taken(_))) == Some(true) {
+            return Err((Errno::STALE, format!("a restore has taken snapshot {id}")));
+        }
+        images.get(name).cloned().ok_or_else(|| missing(id, name))
+    }
+
+    /// Waits until there is a snapshot of that id.
+    async fn listed(&self, id: &str) -> Key {
+        let mut changed = self.cache.store.watch();
+        loop {
+            if let Some(key) = self.cache.store.key_of(id) {
+                return key;
+            }
+            // The store is there as long as the cache is.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// A list, once it has an id and none of its snapshots is still coming.
+    async fn list(&self, list: &str) -> Result<Rc<Image>, Refusal> {
+        let mut changed = self.cache.store.watch();
+        while !self.cache.store.list_is_settled(list) {
+            let _ = changed.changed().await;
+        }
+        let image = self.cache.store.list_image(list);
+        let image = image.map_err(|errno| (errno, errno.to_string()))?;
+        image.ok_or_else(|| (Errno::NOENT, "the list is empty".to_owned()))
+    }
+
+    async fn send(&self, image: Rc<Image>, through_pipe: bool) -> Result<bool, Ended> {
+        let _serving = self.cache.serving.enter();
+        self.reply(&Reply::found(image.len())).await?;
+        let sink = self.client.sink(image.name(), through_pipe).await?;
+        let pipe_size = usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX);
+        let reading = Rc::<Reading>::default();
+        let (name, begun) = (image.name().to_owned(), Instant::now());
+        let fill = Fill::begin(sink, image, pipe_size, &reading)
+            .map_err(|cause| Failure::Image { name: name.clone(), cause })?;
+        let taken = self.read_out(fill, &reading, &name).await?;
+        self.cache.served.set(self.cache.served.get() + taken);
+        tracing::trace!("image {name} was read: {taken} bytes in {:?}", begun.elapsed());
+        Ok(through_pipe)
+    }
+
+    /// A client that stops reading is given up after a while.
+    async fn read_out(&self, fill: Fill, reading: &Reading, name: &str) -> Result<u64, Failure> {
+        let limit = self.settings.sessions.stall_timeout;
+        let mut seen = 0;
+        let mut filled = std::pin::pin!(fill.run());
+        loop {
+            match timeout(limit, &mut filled).await {
+                Ok(taken) => return taken,
+                Err(_) if reading.bytes.get() > seen => seen = reading.bytes.get(),
+                Err(_) => {
+                    return Err(Failure::Stalled { names: name.to_owned(), waited: limit });
+                }
+            }
+        }
+    }
+
+    fn taken(&self, ids: &[String]) {
+        for id in ids {
+            self.cache.read.borrow_mut().remove(id);
+            tracing::info!(
+                message_id = journal::SNAPSHOT_TAKEN,
+                criu_snapshot = id,
+                "snapshot {id} taken: its restore has ended"
+            );
+        }
+    }
+
+    async fn reply(&self, reply: &Reply) -> Result<bool, Ended> {
+        self.client.reply(reply).await?;
+        Ok(true)
+    }
+
+    /// What is not there ends nothing; other refusals do.
+    async fn refuse(&self, (errno, reason): Refusal) -> Result<bool, Ended> {
+        self.reply(&Reply::refused(errno, &reason)).await?;
+        if errno == Errno::NOENT { Ok(true) } else { Err(Ended::Refused(errno, reason)) }
+    }
+}
+
+fn tell(peer: Peer, ended: &Ended) {
+    match ended {
+        // Not the peer's fault.
+        Ended::Failed(Failure::Left) => tracing::info!("a client, {peer}, left: {ended}"),
+        Ended::Refused(errno, _) if *errno != Errno::INVAL => {
+            tracing::info!("a client, {peer}, was refused: {ended}");
+        }
+        _ => {
+            let message_id = journal::PEER_REFUSED;
+            tracing::warn!(message_id, "the session of a client, {peer}, ended: {ended}");
+        }
+    }
+}

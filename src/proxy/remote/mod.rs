@@ -1,0 +1,172 @@
+//! The remote protocol at the source host: snapshots whose images come on many connections, by name.
+//!
+//! - [`session`]: one client, from its first request to its last.
+//! - `snapshot`: a snapshot that its clients have begun and not ended.
+//! - `read`: what a dump reads of its parents.
+//!
+//! Requests are registered here at the moment they are looked at, and that is the order in which clients
+//! were accepted: so the end of a dump waits for the images whose headers came before it, and a list
+//! is read with all that was appended.
+
+mod read;
+pub(super) mod session;
+mod snapshot;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::sync::Notify;
+
+use super::Proxy;
+use super::failure::Failure;
+use crate::control::model::SnapshotState;
+use snapshot::Snapshot;
+
+/// Why a request is refused, as its reply says it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub(super) struct Refusal {
+    errno: Errno,
+    reason: String,
+}
+
+impl Refusal {
+    fn new(errno: Errno, reason: impl Into<String>) -> Refusal {
+        Refusal { errno, reason: reason.into() }
+    }
+
+    /// The snapshot is damaged, or the cache is not to be had.
+    fn failed(reason: impl Into<String>) -> Refusal {
+        Refusal::new(Errno::IO, reason)
+    }
+}
+
+/// The snapshots that clients have begun, in that order.
+#[derive(Debug, Default)]
+pub(super) struct Remote {
+    snapshots: RefCell<BTreeMap<u64, Rc<Snapshot>>>,
+    next: Cell<u64>,
+    /// How many clients append to each list now.
+    appending: RefCell<HashMap<String, usize>>,
+    appended: Notify,
+}
+
+impl Remote {
+    fn find(&self, id: &str) -> Option<Rc<Snapshot>> {
+        self.snapshots.borrow().values().find(|snapshot| snapshot.id == id).cloned()
+    }
+
+    /// The snapshot that an image is written to: it begins if it is not there. One that has failed is
+    /// refused, so that the rest of a dump is not taken for another.
+    fn written(&self, proxy: &Rc<Proxy>, id: &str) -> Result<Rc<Snapshot>, Refusal> {
+        match self.find(id) {
+            None => self.begin(proxy, id),
+            Some(snapshot) => snapshot.must_be_open().map(|()| snapshot),
+        }
+    }
+
+    /// The snapshot whose id is appended to a list: a dump begins, whatever became of the last one.
+    fn listed(&self, proxy: &Rc<Proxy>, id: &str) -> Result<Rc<Snapshot>, Refusal> {
+        let snapshot = match self.find(id) {
+            Some(snapshot) if snapshot.has_failed() => {
+                self.forget(&snapshot);
+                self.begin(proxy, id)?
+            }
+            Some(snapshot) => snapshot,
+            None => self.begin(proxy, id)?,
+        };
+        snapshot.must_be_open()?;
+        snapshot.set_listed();
+        Ok(snapshot)
+    }
+
+    fn begin(&self, proxy: &Rc<Proxy>, id: &str) -> Result<Rc<Snapshot>, Refusal> {
+        let cache = proxy.settings().cache.clone();
+        let record = proxy.records.add(id, &cache, SnapshotState::Receiving).ok_or_else(|| {
+            Refusal::new(Errno::BUSY, format!("a dump through another socket is snapshot {id}"))
+        })?;
+        let snapshot = Snapshot::begin(proxy, id, &cache, record);
+        self.snapshots
+            .borrow_mut()
+            .insert(self.next.replace(self.next.get() + 1), snapshot.clone());
+        Ok(snapshot)
+    }
+
+    fn forget(&self, snapshot: &Rc<Snapshot>) {
+        self.snapshots.borrow_mut().retain(|_, known| !Rc::ptr_eq(known, snapshot));
+        snapshot.forget();
+    }
+
+    /// The snapshot whose dump has ended: from now on it takes no new images.
+    fn ending(&self, id: &str) -> Result<Rc<Snapshot>, Refusal> {
+        let snapshot = self
+            .find(id)
+            .filter(|snapshot| !snapshot.is_ending())
+            .ok_or_else(|| Refusal::new(Errno::NOENT, format!("no dump of {id} is under way")))?;
+        snapshot.set_ending();
+        Ok(snapshot)
+    }
+
+    /// All that are under way, oldest first: their dump has ended.
+    fn all_ending(&self) -> Vec<Rc<Snapshot>> {
+        let snapshots = self.snapshots.borrow();
+        let ending: Vec<_> =
+            snapshots.values().filter(|snapshot| !snapshot.is_ending()).cloned().collect();
+        for snapshot in &ending {
+            snapshot.set_ending();
+        }
+        ending
+    }
+
+    /// Somebody appends to a list, until the guard is dropped.
+    fn append(self: &Rc<Self>, list: &str) -> Appending {
+        *self.appending.borrow_mut().entry(list.to_owned()).or_default() += 1;
+        Appending { remote: self.clone(), list: list.to_owned() }
+    }
+
+    /// Resolves when nobody appends to a list.
+    async fn appended(&self, list: &str) {
+        while self.appending.borrow().contains_key(list) {
+            self.appended.notified().await;
+        }
+    }
+
+    /// Gives up what nobody has written to for that long, and forgets what has failed that long ago.
+    pub(super) fn expire(&self, limit: Duration) {
+        let idle: Vec<_> = {
+            let snapshots = self.snapshots.borrow();
+            snapshots.values().filter(|snapshot| snapshot.is_idle(limit)).cloned().collect()
+        };
+        for snapshot in idle {
+            if snapshot.has_failed() {
+                self.forget(&snapshot);
+            } else {
+                let why = format!("nobody wrote to it for {limit:?}, and its end did not come");
+                snapshot.fail(&Failure::Incomplete(why));
+            }
+        }
+    }
+}
+
+/// A list that is being appended to.
+#[derive(Debug)]
+struct Appending {
+    remote: Rc<Remote>,
+    list: String,
+}
+
+impl Drop for Appending {
+    fn drop(&mut self) {
+        let mut appending = self.remote.appending.borrow_mut();
+        if let Some(clients) = appending.get_mut(&self.list) {
+            *clients -= 1;
+            if *clients == 0 {
+                appending.remove(&self.list);
+            }
+        }
+        self.remote.appended.notify_waiters();
+    }
+}

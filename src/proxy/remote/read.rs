@@ -1,0 +1,75 @@
+//! Reading back at the source: a dump looks at its parents, which the cache has.
+
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+use super::Refusal;
+use crate::criu::remote::Reply;
+use crate::daemon::remote::{BadClient, Client};
+use crate::proxy::Proxy;
+use crate::proxy::connection::Connection;
+use crate::wire::message::REGION_MAX;
+
+/// What is read in one piece, in bytes.
+#[allow(clippy::cast_possible_truncation)] // a quarter of a MiB
+const PIECE: u32 = REGION_MAX as u32;
+
+/// An image at the cache, of which the first piece has come.
+pub(super) struct Found {
+    connection: Rc<Connection>,
+    snapshot: String,
+    name: String,
+    size: u64,
+    first: Vec<u8>,
+}
+
+/// Finds an image, or a list.
+pub(super) async fn find(proxy: &Proxy, snapshot: &str, name: &str) -> Result<Found, Refusal> {
+    let settings = proxy.settings();
+    let connect = proxy.links.connect(&settings.cache, &settings);
+    let connection = connect.await.map_err(Refusal::failed)?;
+    let (size, first) = piece(&connection, snapshot, name, 0).await?;
+    let (snapshot, name) = (snapshot.to_owned(), name.to_owned());
+    Ok(Found { connection, snapshot, name, size, first })
+}
+
+impl Found {
+    /// Sends it to the client.
+    pub(super) async fn send(self, client: &Client, through_pipe: bool) -> Result<(), BadClient> {
+        client.reply(&Reply::found(self.size)).await?;
+        let sink = client.sink(&self.name, through_pipe).await?;
+        let mut bytes = self.first;
+        let mut sent = 0;
+        loop {
+            if let Err(error) = sink.write_all(&bytes).await {
+                tracing::debug!("image {} was not read to its end: {error}", self.name);
+                return Ok(());
+            }
+            sent += bytes.len() as u64;
+            if sent >= self.size || bytes.is_empty() {
+                return Ok(());
+            }
+            let next = piece(&self.connection, &self.snapshot, &self.name, sent).await;
+            bytes = next.map_err(|refusal| std::io::Error::other(refusal.reason))?.1;
+        }
+    }
+}
+
+/// One piece, and the size of the whole image.
+async fn piece(
+    connection: &Connection,
+    snapshot: &str,
+    name: &str,
+    offset: u64,
+) -> Result<(u64, Vec<u8>), Refusal> {
+    let answer = connection.region(snapshot, name, offset, PIECE).await;
+    let (region, bytes) = answer.ok_or_else(|| Refusal::failed("the link to the cache broke"))?;
+    match region.error {
+        0 => Ok((region.size, bytes)),
+        error => {
+            let errno = i32::try_from(error).map_or(Errno::IO, Errno::from_raw_os_error);
+            Err(Refusal::new(errno, region.reason))
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! One client of `img-proxy.sock`, from its first request to its last.
+
+use std::rc::Rc;
+
+use rustix::io::Errno;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use tracing::Instrument;
+
+use super::snapshot::{Snapshot, Writing};
+use super::{Appending, Refusal, read};
+use crate::config::{ProxySettings, Reads};
+use crate::criu::remote::{PARENT, Reply, Request};
+use crate::daemon::journal;
+use crate::daemon::remote::{BadClient, Client};
+use crate::daemon::sessions::{BadSession, Peer};
+use crate::proxy::Proxy;
+use crate::proxy::failure::Failure;
+use crate::proxy::forward::Forward;
+use crate::proxy::upload::Told;
+use crate::sys::ends::Source;
+
+/// A request that has taken effect as far as others see it; the work is to be done.
+#[derive(Debug)]
+enum Task {
+    Write {
+        writing: Writing,
+        append: bool,
+        acknowledge: bool,
+    },
+    Append {
+        appending: Appending,
+        acknowledge: bool,
+    },
+    Read {
+        snapshot: String,
+        name: String,
+        pipe: Option<bool>,
+    },
+    ReadList {
+        list: String,
+        pipe: bool,
+    },
+    End {
+        snapshot: Rc<Snapshot>,
+        images: Option<u64>,
+        acknowledge: bool,
+    },
+    EndAll(Vec<Rc<Snapshot>>),
+    /// It is refused; the client is told, if it listens.
+    Refused {
+        refusal: Refusal,
+        listens: bool,
+    },
+}
+
+/// Why a session ends before the client ends it.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("{0}")]
+    Client(#[from] BadClient),
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+}
+
+/// Serves one client. The part before the future is done when the client is accepted: what has come of
+/// it by then takes effect before what comes of those that are accepted later.
+pub(in crate::proxy) fn serve(
+    proxy: &Rc<Proxy>,
+    socket: UnixStream,
+) -> impl Future<Output = ()> + 'static {
+    let admitted = proxy.admit(&socket).map(|peer| Session::begin(proxy.clone(), socket, peer));
+    async move {
+        if let Some((session, first)) = admitted {
+            let span = tracing::info_span!("remote", criu_peer = %session.peer);
+            session.run(first).instrument(span).await;
+        }
+    }
+}
+
+type Next = Result<Option<Task>, BadClient>;
+
+struct Session {
+    proxy: Rc<Proxy>,
+    settings: Rc<ProxySettings>,
+    client: Client,
+    peer: Peer,
+}
+
+impl Session {
+    fn begin(proxy: Rc<Proxy>, socket: UnixStream, peer: Peer) -> (Session, Option<Next>) {
+        let settings = proxy.settings();
+        let patience = settings.sessions.request_timeout;
+        let mut client = Client::new(socket, patience, settings.remote.historical_endings);
+        let first = client.come_already().map(|come| take(&proxy, come));
+        (Session { proxy, settings, client, peer }, first)
+    }
+
+    async fn run(mut self, mut come: Option<Next>) {
+        loop {
+            let next = match come.take() {
+                Some(next) => next,
+                None => take(&self.proxy, self.client.next().await),
+            };
+            let done = match next {
+                Ok(None) => return,
+                Ok(Some(task)) => self.perform(task).await,
+                Err(bad) => {
+                    self.reply_refused(&refusal_of(&bad)).await;
+                    Err(bad.into())
+                }
+            };
+            match done {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(ended) => return tell(self.peer, &ended),
+            }
+        }
+    }
+
+    /// Does what is asked for. Returns whether the connection can carry another request.
+    async fn perform(&self, task: Task) -> Result<bool, Ended> {
+        let _busy = self.proxy.sessions.enter();
+        match task {
+            Task::Write { writing, append, acknowledge } => {
+                self.write(&writing, append, acknowledge).await
+            }
+            Task::Append { appending, acknowledge } => {
+                let appended = self.append(&appending.list, acknowledge).await;
+                self.concluded(appended, acknowledge).await?;
+                Ok(false)
+            }
+            Task::Read { snapshot, name, pipe } => {
+                let through_pipe = pipe.unwrap_or(self.settings.remote.reads == Reads::Pipe);
+                if let Some(writing) = self.proxy.remote.find(&snapshot) {
+                    writing.image_ended(&name).await;
+                }
+                self.read(&snapshot, &name, through_pipe).await
+            }
+            Task::ReadList { list, pipe } => {
+                self.proxy.remote.appended(&list).await;
+                self.read(&list, PARENT, pipe).await
+            }
+            Task::End { snapshot, images, acknowledge } => {
+                let finished = snapshot.finish(&self.proxy, images, true).await;
+                self.proxy.remote.forget(&snapshot);
+                self.concluded(finished, acknowledge).await?;
+                if acknowledge {
+                    self.client.reply(&Reply::done()).await?;
+                }
+                Ok(true)
+            }
+            Task::EndAll(snapshots) => {
+                self.end_all(&snapshots).await;
+                Ok(true)
+            }
+            Task::Refused { refusal, listens } => {
+                if listens {
+                    self.reply_refused(&refusal).await;
+                }
+                if refusal.errno == Errno::NOENT { Ok(true) } else { Err(refusal.into()) }
+            }
+        }
+    }
+
+    /// Tells the client of what failed, if it listens.
+    async fn concluded(&self, result: Result<(), Refusal>, listens: bool) -> Result<(), Ended> {
+        if let (Err(refusal), true) = (&result, listens) {
+            self.reply_refused(refusal).await;
+        }
+        Ok(result?)
+    }
+
+    async fn reply_refused(&self, refusal: &Refusal) {
+        let _ = self.client.reply(&Reply::refused(refusal.errno, &refusal.reason)).await;
+    }
+
+    async fn write(
+        &self,
+        writing: &Writing,
+        append: bool,
+        acknowledge: bool,
+    ) -> Result<bool, Ended> {
+        let snapshot = &writing.snapshot;
+        let written = tokio::select! {
+            biased;
+            why = snapshot.failed() => Err(Refusal::failed(why)),
+            written = self.write_image(writing, append, acknowledge) => {
+                written.map_err(|failure| {
+                    snapshot.fail(&failure);
+                    Refusal::failed(failure.to_string())
+                })
+            }
+        };
+        let go_on = match written {
+            Ok(go_on) => go_on,
+            Err(refusal) => {
+                self.concluded(Err(refusal), acknowledge).await?;
+                false
+            }
+        };
+        if acknowledge {
+            self.client.reply(&Reply::done()).await?;
+        }
+        Ok(go_on)
+    }
+
+    /// From the header to the image's end, and for an acknowledged one until the cache has it.
+    async fn write_image(
+        &self,
+        writing: &Writing,
+        append: bool,
+        acknowledge: bool,
+    ) -> Result<bool, Failure> {
+        let (snapshot, name) = (&writing.snapshot, &writing.name);
+        let upload = snapshot.upload(&self.proxy).await?;
+        let (image, mut told) = upload.begin_watched_image(name, append).await;
+        snapshot.record.begin_image(name, append);
+        if acknowledge {
+            hear(&mut told, Told::Ready).await?;
+            self.client.reply(&Reply::done()).await.map_err(|bad| damaged(name, &bad))?;
+        }
+        let source = Rc::new(self.source(snapshot, name).await?);
+        let forward = Forward {
+            upload,
+            image,
+            name: name.clone(),
+            source: source.clone(),
+            record: snapshot.record.clone(),
+            records: self.proxy.records.clone(),
+            written: snapshot.written.clone(),
+            stall_timeout: self.settings.sessions.stall_timeout,
+            pipe_size: usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX),
+        };
+        let ended = if acknowledge {
+            forward.run_until_said(self.client.said_its_end(&source)).await
+        } else {
+            forward.run().await
+        };
+        ended?;
+        if acknowledge {
+            hear(&mut told, Told::Acknowledged).await?;
+        }
+        Ok(matches!(*source, Source::Pipe(_)))
+    }
+
+    /// Waits for the first byte of an image, or its pipe, as long as an image may stand still.
+    async fn source(&self, snapshot: &Snapshot, name: &str) -> Result<Source, Failure> {
+        let limit = self.settings.sessions.stall_timeout;
+        loop {
+            match timeout(limit, self.client.source(name)).await {
+                Ok(source) => return source.map_err(|bad| damaged(name, &bad)),
+                Err(_) if snapshot.written.get().elapsed() < limit => {}
+                Err(_) => {
+                    let cause = format!("nothing was written for {limit:?}");
+                    return Err(Failure::Image { name: name.to_owned(), cause });
+                }
+            }
+        }
+    }
+
+    /// Each id begins its snapshot, and goes to the end of the list at the cache.
+    async fn append(&self, list: &str, acknowledge: bool) -> Result<(), Refusal> {
+        let limit = self.settings.sessions.stall_timeout;
+        if acknowledge {
+            self.client.reply(&Reply::done()).await.map_err(|bad| refusal_of(&bad))?;
+        }
+        while let Some(id) = self.client.entry(limit).await.map_err(|bad| refusal_of(&bad))? {
+            let snapshot = self.proxy.remote.listed(&self.proxy, &id)?;
+            let listed = async {
+                let upload = snapshot.upload(&self.proxy).await?;
+                upload.list(list).await;
+                if acknowledge && !upload.ready().await {
+                    return Err(Failure::Lost("the link to the cache broke".to_owned()));
+                }
+                Ok::<_, Failure>(())
+            };
+            tokio::select! {
+                biased;
+                why = snapshot.failed() => return Err(Refusal::failed(why)),
+                listed = listed => listed.map_err(|failure| {
+                    snapshot.fail(&failure);
+                    Refusal::failed(failure.to_string())
+                })?,
+            }
+        }
+        if acknowledge {
+            self.client.reply(&Reply::done()).await.map_err(|bad| refusal_of(&bad))?;
+        }
+        Ok(())
+    }
+
+    async fn read(&self, snapshot: &str, name: &str, through_pipe: bool) -> Result<bool, Ended> {
+        match read::find(&self.proxy, snapshot, name).await {
+            Ok(found) => {
+                found.send(&self.client, through_pipe).await?;
+                Ok(through_pipe)
+            }
+            Err(refusal) => {
+                self.reply_refused(&refusal).await;
+                if refusal.errno == Errno::NOENT { Ok(true) } else { Err(refusal.into()) }
+            }
+        }
+    }
+
+    /// The dump of an old client has ended, whether it succeeded or not: the last of its snapshots has
+    /// to be a checkpoint.
+    async fn end_all(&self, snapshots: &[Rc<Snapshot>]) {
+        for (index, snapshot) in snapshots.iter().enumerate() {
+            let partial = index + 1 < snapshots.len();
+            if !snapshot.is_listed() {
+                let why = "its id was not appended to a list: is this the rest of a dump?";
+                snapshot.fail(&Failure::Incomplete(why.to_owned()));
+            }
+            // What fails is told in the journal.
+            let _ = snapshot.finish(&self.proxy, None, partial).await;
+            self.proxy.remote.forget(snapshot);
+        }
+    }
+}
+
+/// What a request does at once.
+fn take(proxy: &Rc<Proxy>, come: Result<Option<Request>, BadClient>) -> Next {
+    let Some(request) = come? else { return Ok(None) };
+    let refused = |listens| move |refusal| Task::Refused { refusal, listens };
+    let task =
+        match request {
+            Request::Write { snapshot, name, append, acknowledge } => proxy
+                .remote
+                .written(proxy, &snapshot)
+                .and_then(|snapshot| snapshot.open(&name))
+                .map_or_else(refused(acknowledge), |writing| Task::Write {
+                    writing,
+                    append,
+                    acknowledge,
+                }),
+            Request::AppendToList { list, acknowledge } => {
+                Task::Append { appending: proxy.remote.append(&list), acknowledge }
+            }
+            Request::Read { snapshot, name, pipe } => Task::Read { snapshot, name, pipe },
+            Request::ReadList { list, pipe } => Task::ReadList { list, pipe },
+            Request::EndOfDump { snapshot, images, acknowledge } => {
+                proxy.remote.ending(&snapshot).map_or_else(refused(acknowledge), |snapshot| {
+                    Task::End { snapshot, images, acknowledge }
+                })
+            }
+            Request::HistoricalEndOfDump => Task::EndAll(proxy.remote.all_ending()),
+            Request::EndOfRestore { .. } | Request::HistoricalEndOfRestore => {
+                let reason = "a restore ends at the cache, not at the proxy";
+                refused(true)(Refusal::new(Errno::INVAL, reason))
+            }
+        };
+    Ok(Some(task))
+}
+
+/// Waits for what the cache says of an image.
+async fn hear(
+    told: &mut tokio::sync::mpsc::UnboundedReceiver<Told>,
+    wanted: Told,
+) -> Result<(), Failure> {
+    while let Some(said) = told.recv().await {
+        if said == wanted {
+            return Ok(());
+        }
+    }
+    Err(Failure::Lost("the link to the cache broke".to_owned()))
+}
+
+fn damaged(name: &str, bad: &BadClient) -> Failure {
+    Failure::Image { name: name.to_owned(), cause: bad.to_string() }
+}
+
+fn refusal_of(bad: &BadClient) -> Refusal {
+    let errno = match bad {
+        BadClient::Session(BadSession::Late(_)) => Errno::TIMEDOUT,
+        BadClient::Session(_) => Errno::IO,
+        BadClient::Header(_) => Errno::INVAL,
+    };
+    Refusal::new(errno, bad.to_string())
+}
+
+/// A session that the client has not ended itself. Snapshots that are damaged have a line of their own.
+fn tell(peer: Peer, ended: &Ended) {
+    match ended {
+        Ended::Refused(refusal) if refusal.errno != Errno::INVAL => {
+            tracing::info!("a client, {peer}, was refused: {ended}");
+        }
+        _ => {
+            let message_id = journal::PEER_REFUSED;
+            tracing::warn!(message_id, "the session of a client, {peer}, ended: {ended}");
+        }
+    }
+}
