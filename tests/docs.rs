@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use criu_image_relay::criu::remote::{Reply, Request, encode_id};
 use criu_image_relay::criu::stream::{encode_reply, encode_request};
 use criu_image_relay::wire::frame::{HEADER_LEN, Header, check_preface};
 use criu_image_relay::wire::message::Message;
@@ -175,7 +176,7 @@ fn the_frames_decode_to_what_the_page_says() {
         assert_eq!(message.encode(header.payload_len), bytes, "{said}");
         kinds.insert(header.kind, said);
     }
-    assert!(kinds.into_keys().eq(1..=11), "one block for each kind");
+    assert!(kinds.into_keys().eq(1..=17), "one block for each kind");
 }
 
 #[test]
@@ -188,6 +189,61 @@ fn the_preface_and_crius_messages_are_what_the_page_says() {
         let encoded = match said.split_once(' ').unwrap() {
             ("request", name) => encode_request(name),
             (_, exists) => encode_reply(exists == "true"),
+        };
+        assert_eq!(encoded, bytes, "{said}");
+    }
+}
+
+/// The words of a line of a `remote` block, those in quotes without them.
+fn words(said: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    for (index, part) in said.split('"').enumerate() {
+        match index % 2 {
+            0 => words.extend(part.split_whitespace().map(Into::into)),
+            _ => words.push(part.to_owned()),
+        }
+    }
+    words
+}
+
+/// What follows a word.
+fn after(words: &[String], word: &str) -> Option<String> {
+    words.iter().position(|w| w == word).map(|index| words[index + 1].clone())
+}
+
+/// The request that a line of the page describes.
+fn request(words: &[String]) -> Request {
+    let field = |name| after(words, name).unwrap();
+    let (name, snapshot, mode) = (field("name"), field("snapshot_id"), field("open_mode"));
+    let flag = |name: &str| words.iter().any(|word| word == name);
+    let acknowledge = flag("acknowledge");
+    if flag("finish") {
+        let images = after(words, "images").map(|images| images.parse().unwrap());
+        return Request::EndOfDump { snapshot, images, acknowledge };
+    }
+    match mode.as_str() {
+        "0" => Request::Read { snapshot, name, pipe: flag("pipe").then_some(true) },
+        mode => Request::Write { snapshot, name, append: mode == "1024", acknowledge },
+    }
+}
+
+#[test]
+fn the_messages_of_the_remote_protocol_are_what_the_page_says() {
+    let blocks = blocks("remote");
+    assert_eq!(blocks.len(), 8);
+    for (said, bytes) in blocks {
+        let words = words(&said);
+        let encoded = match words[0].as_str() {
+            "header" => request(&words).encode(),
+            "id" => encode_id(&words[1]),
+            _ => {
+                let reply = Reply {
+                    error: after(&words, "error").unwrap().parse().unwrap(),
+                    reason: after(&words, "reason").unwrap_or_default(),
+                    size: after(&words, "size").map(|size| size.parse().unwrap()),
+                };
+                reply.encode()
+            }
         };
         assert_eq!(encoded, bytes, "{said}");
     }

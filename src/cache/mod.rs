@@ -51,7 +51,7 @@ pub struct Cache {
     serving: Sessions,
     listeners: Listeners,
     rate: Rate,
-    /// What was read of by clients that name it, and whose restore has not ended.
+    /// What old clients have read of: their ending names nothing.
     read: RefCell<BTreeSet<String>>,
     /// Bytes that restores have read.
     served: Cell<u64>,

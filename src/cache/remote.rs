@@ -76,7 +76,9 @@ impl Session {
                 let through_pipe = pipe.unwrap_or(self.settings.remote.reads == Reads::Pipe);
                 match self.while_there(self.image(&snapshot, &name)).await? {
                     Ok(image) => {
-                        self.cache.read.borrow_mut().insert(snapshot);
+                        if self.settings.remote.historical_endings {
+                            self.cache.read.borrow_mut().insert(snapshot);
+                        }
                         self.send(image, through_pipe).await
                     }
                     Err(refusal) => self.refuse(refusal).await,

@@ -17,7 +17,7 @@ pub struct LocalImageEntry {
     /// For a read: the data goes through a pipe that the client passes (true) or on the socket (false).
     #[prost(bool, optional, tag = "17")]
     pub pipe: ::core::option::Option<bool>,
-    /// For a write or the end of a dump: the client waits for what the cache says.
+    /// For a write, an append or the end of a dump: the client waits for what the cache says.
     #[prost(bool, optional, tag = "18")]
     pub acknowledge: ::core::option::Option<bool>,
     /// With the end of a dump: how many images the client wrote. Another count damages the snapshot.

@@ -379,9 +379,13 @@ fn refusal_of(bad: &BadClient) -> Refusal {
     Refusal::new(errno, bad.to_string())
 }
 
-/// A session that the client has not ended itself. Snapshots that are damaged have a line of their own.
+/// A session that the client has not ended itself.
 fn tell(peer: Peer, ended: &Ended) {
     match ended {
+        // The snapshot has a line of its own, and many clients.
+        Ended::Refused(Refusal { errno: Errno::IO, .. }) => {
+            tracing::debug!("the session of a client, {peer}, ended: {ended}");
+        }
         Ended::Refused(refusal) if refusal.errno != Errno::INVAL => {
             tracing::info!("a client, {peer}, was refused: {ended}");
         }
