@@ -8,6 +8,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::{fs, io, path::Path};
 
 mod settings;
+mod shared;
 
 mod error;
 mod keys;
@@ -26,6 +27,7 @@ pub use settings::{
     CacheLinkSettings, CacheRemoteSettings, CacheSettings, Keep, LinkSettings, LogSettings,
     ProxyRemoteSettings, ProxySettings, Reads, SessionSettings, StoreSettings,
 };
+pub use shared::Shared;
 
 /// The port of the link, where an address names none.
 pub const LINK_PORT: u16 = 9996;
@@ -34,6 +36,9 @@ pub const LINK_PORT: u16 = 9996;
 pub trait Settings: Default + Serialize + DeserializeOwned {
     /// Where they are read from when no file is named.
     const DEFAULT_PATH: &'static str;
+
+    /// What both daemons have, and options replace.
+    fn shared(&mut self) -> Shared<'_>;
 
     /// Reads the settings from `path`; without one, from [`Self::DEFAULT_PATH`] if that exists.
     ///
@@ -86,10 +91,30 @@ pub trait Settings: Default + Serialize + DeserializeOwned {
 
 impl Settings for ProxySettings {
     const DEFAULT_PATH: &'static str = "/etc/criu-image-relay/proxy.toml";
+
+    fn shared(&mut self) -> Shared<'_> {
+        Shared {
+            address: &mut self.cache,
+            work_dir: &mut self.work_dir,
+            daemon: &mut self.daemon,
+            pidfile: &mut self.pidfile,
+            log: &mut self.log,
+        }
+    }
 }
 
 impl Settings for CacheSettings {
     const DEFAULT_PATH: &'static str = "/etc/criu-image-relay/cache.toml";
+
+    fn shared(&mut self) -> Shared<'_> {
+        Shared {
+            address: &mut self.listen,
+            work_dir: &mut self.work_dir,
+            daemon: &mut self.daemon,
+            pidfile: &mut self.pidfile,
+            log: &mut self.log,
+        }
+    }
 }
 
 /// Every key there is, as the table of the defaults.
@@ -103,6 +128,12 @@ pub fn full_address(text: &str) -> Result<String, String> {
     words::HostPort::parse(text).ok_or_else(|| {
         format!("{text:?} is no address of a cache: HOST, HOST:PORT or [IPV6]:PORT is expected")
     })
+}
+
+/// The host alone, as `--address` takes it. The error says what it looks like.
+pub fn host(text: &str) -> Result<String, String> {
+    words::host(text)
+        .ok_or_else(|| "a host name or an IP address without a port is expected".into())
 }
 
 /// The machine's memory in bytes, as the kernel counts it: what percentages are a share of. A

@@ -2,7 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 const PATH: &str = "test.toml";
 
@@ -30,6 +30,16 @@ fn keep() -> impl Strategy<Value = Keep> {
 
 fn address() -> impl Strategy<Value = String> {
     prop_oneof!["[a-z0-9][a-z0-9.-]{0,20}:[1-9][0-9]{0,3}", Just("[::1]:9996".to_owned())]
+}
+
+fn file() -> impl Strategy<Value = Option<PathBuf>> {
+    proptest::option::of("/[^\\x00]{0,15}").prop_map(|path| path.map(Into::into))
+}
+
+prop_compose! {
+    fn log()(level in level(), file in file()) -> LogSettings {
+        LogSettings { level, file }
+    }
 }
 
 prop_compose! {
@@ -83,11 +93,12 @@ prop_compose! {
     fn proxy()(
         cache in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}", name in "[a-z._-]{0,64}",
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4),
-        link in link(), sessions in sessions(), remote in proxy_remote(), level in level(),
+        link in link(), sessions in sessions(), remote in proxy_remote(), log in log(), daemon: bool, pidfile in file(),
     ) -> ProxySettings {
-        let log = LogSettings { level };
         let work_dir = work_dir.into();
-        ProxySettings { cache, insecure, work_dir, name, allow_uids, link, sessions, remote, log }
+        ProxySettings {
+            cache, insecure, work_dir, daemon, pidfile, name, allow_uids, link, sessions, remote, log,
+        }
     }
 }
 
@@ -96,11 +107,13 @@ prop_compose! {
         listen in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}",
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4), store in store(),
         (keep_alive, hello_timeout, max) in (span(), span(), count()),
-        sessions in sessions(), remote in cache_remote(), level in level(),
+        sessions in sessions(), remote in cache_remote(), log in log(), daemon: bool, pidfile in file(),
     ) -> CacheSettings {
-        let (log, work_dir) = (LogSettings { level }, work_dir.into());
+        let work_dir = work_dir.into();
         let link = CacheLinkSettings { keep_alive, hello_timeout, max };
-        CacheSettings { listen, insecure, work_dir, allow_uids, store, link, sessions, remote, log }
+        CacheSettings {
+            listen, insecure, work_dir, daemon, pidfile, allow_uids, store, link, sessions, remote, log,
+        }
     }
 }
 

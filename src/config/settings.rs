@@ -3,7 +3,7 @@
 //! Every struct here is one table of the file; its field names in kebab case are the keys.
 
 use super::syntax::{As, Count, Memory, Size, Span};
-use super::words::{Flag, HostPort, Name, SocketDir};
+use super::words::{FilePath, Flag, HostPort, Name, SocketDir};
 use super::{LINK_PORT, physical_memory, uids};
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
@@ -30,6 +30,12 @@ pub struct ProxySettings {
     /// Where the daemon binds its sockets when systemd does not hand them over.
     #[serde(with = "As::<SocketDir>")]
     pub work_dir: PathBuf,
+    /// Whether it goes to the background once it serves.
+    #[serde(with = "As::<Flag>")]
+    pub daemon: bool,
+    /// Where it writes its pid.
+    #[serde(with = "As::<FilePath>")]
+    pub pidfile: Option<PathBuf>,
     /// The name it gives itself to the cache; empty means the host's name.
     #[serde(with = "As::<Name>")]
     pub name: String,
@@ -52,6 +58,8 @@ impl Default for ProxySettings {
             cache: format!("127.0.0.1:{LINK_PORT}"),
             insecure: false,
             work_dir: "/run/criu-image/proxy".into(),
+            daemon: false,
+            pidfile: None,
             name: String::new(),
             allow_uids: Vec::new(),
             link: LinkSettings::default(),
@@ -142,6 +150,12 @@ pub struct CacheSettings {
     /// Where the daemon binds its unix sockets when systemd does not hand them over.
     #[serde(with = "As::<SocketDir>")]
     pub work_dir: PathBuf,
+    /// Whether it goes to the background once it serves.
+    #[serde(with = "As::<Flag>")]
+    pub daemon: bool,
+    /// Where it writes its pid.
+    #[serde(with = "As::<FilePath>")]
+    pub pidfile: Option<PathBuf>,
     /// Who may use the unix sockets besides root and the daemon's own user.
     #[serde(with = "uids")]
     pub allow_uids: Vec<u32>,
@@ -163,6 +177,8 @@ impl Default for CacheSettings {
             listen: format!("127.0.0.1:{LINK_PORT}"),
             insecure: false,
             work_dir: "/run/criu-image/cache".into(),
+            daemon: false,
+            pidfile: None,
             allow_uids: Vec::new(),
             store: StoreSettings::default(),
             link: CacheLinkSettings::default(),
@@ -299,17 +315,20 @@ pub enum Reads {
     Pipe,
 }
 
-/// `[log]`: what goes to the journal.
+/// `[log]`: what is logged, and where to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct LogSettings {
     /// The least important messages that are logged.
     #[serde(with = "As::<Level>")]
     pub level: Level,
+    /// The file that logs go to, instead of the journal or stderr.
+    #[serde(with = "As::<FilePath>")]
+    pub file: Option<PathBuf>,
 }
 
 impl Default for LogSettings {
     fn default() -> Self {
-        Self { level: Level::INFO }
+        Self { level: Level::INFO, file: None }
     }
 }

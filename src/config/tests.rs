@@ -24,6 +24,8 @@ const UIDS: &str = "a list of numeric user ids, such as [1000, 1001]";
 const LEVEL: &str = r#""error", "warn", "info", "debug" or "trace""#;
 const DIR: &str = r#"an absolute path of at most 80 bytes, such as "/run/criu-image""#;
 
+const FILE: &str = r#"an absolute path, such as "/run/criu-image.pid", or "" for none"#;
+
 #[test]
 fn unknown_keys() {
     for (text, message) in [
@@ -83,6 +85,9 @@ fn wrong_values() {
         ("allow-uids = [-1]", "1:15: `allow-uids`", "value: integer `-1`", UIDS),
         ("allow-uids = [4294967295]", "1:15: `allow-uids`", "value: integer `4294967295`", UIDS),
         ("work-dir = \"run\"", "1:12: `work-dir`", "value: string \"run\"", DIR),
+        ("pidfile = \"run/pid\"", "1:11: `pidfile`", "value: string \"run/pid\"", FILE),
+        ("log.file = \"x.log\"", "1:12: `log.file`", "value: string \"x.log\"", FILE),
+        ("log.file = true", "1:12: `log.file`", "type: boolean `true`", FILE),
         ("listen = 9996", "1:10: `listen`", "value: integer `9996`", HOST),
         ("listen = { port = 1 }", "1:10: `listen`", "type: map", HOST),
     ] {
@@ -152,6 +157,36 @@ fn addresses() {
     ] {
         let parsed = ProxySettings::parse(&format!("cache = \"{text}\""), Path::new(PATH));
         assert_eq!(parsed.ok().map(|s| s.cache).as_deref(), address, "{text}");
+    }
+}
+
+#[test]
+fn options_replace_their_part_of_an_address() {
+    for (text, named) in [
+        ("host-b", Some("host-b")),
+        ("192.0.2.7", Some("192.0.2.7")),
+        ("::1", Some("[::1]")),
+        ("[::1]", Some("[::1]")),
+        ("fe80::1%3", Some("[fe80::1%3]")),
+        ("host-b:1", None),
+        ("[::1]:80", None),
+        ("[::1", None),
+        ("::1]", None),
+        ("", None),
+        ("two words", None),
+    ] {
+        assert_eq!(host(text).ok().as_deref(), named, "{text}");
+    }
+    for (old, host, port, new) in [
+        ("a:1", None, None, "a:1"),
+        ("a:1", Some("b"), None, "b:1"),
+        ("a:1", None, Some(2), "a:2"),
+        ("[::1]:1", None, Some(2), "[::1]:2"),
+        ("a:1", Some("[::2]"), Some(2), "[::2]:2"),
+    ] {
+        let mut settings = CacheSettings { listen: old.to_owned(), ..CacheSettings::default() };
+        settings.shared().set_address(host, port);
+        assert_eq!(settings.listen, new);
     }
 }
 
@@ -227,13 +262,13 @@ fn printed() {
     assert_eq!(
         ProxySettings::default().to_toml(),
         "cache = \"127.0.0.1:9996\"\ninsecure = false\nwork-dir = \"/run/criu-image/proxy\"\n\
-         name = \"\"\nallow-uids = []\n\n\
+         daemon = false\npidfile = \"\"\nname = \"\"\nallow-uids = []\n\n\
          [link]\nconnect-timeout = \"5s\"\ngive-up-after = \"30s\"\nkeep-alive = \"10s\"\n\
          ack-timeout = \"1min\"\nmax-chunk = \"1M\"\n\n\
          [sessions]\nmax = 1024\nrequest-timeout = \"10s\"\nstall-timeout = \"2min\"\n\
          pipe-size = \"1M\"\n\n\
          [remote]\nmax = 4096\nidle-timeout = \"1h\"\nreads = \"socket\"\n\
          historical-endings = false\n\n\
-         [log]\nlevel = \"info\"\n"
+         [log]\nlevel = \"info\"\nfile = \"\"\n"
     );
 }

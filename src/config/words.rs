@@ -47,6 +47,16 @@ impl HostPort {
     }
 }
 
+/// The host of `HOST:PORT`, as an option names it: IPv6 with or without brackets. Returned with them.
+pub(super) fn host(text: &str) -> Option<String> {
+    let bracketed = format!("[{text}]");
+    let name = if text.contains(':') && !text.starts_with('[') { &bracketed } else { text };
+    // What has a port of its own is no host.
+    let alone = name.starts_with('[') == name.ends_with(']');
+    let right = alone && HostPort::parse(&format!("{name}:{LINK_PORT}")).is_some();
+    right.then(|| name.to_owned())
+}
+
 impl Syntax for HostPort {
     type Value = String;
 
@@ -138,6 +148,27 @@ impl Syntax for Reads {
             Reads::Socket => "socket",
             Reads::Pipe => "pipe",
         })
+    }
+}
+
+/// A file that the daemon makes, or none.
+pub(super) struct FilePath;
+
+impl Syntax for FilePath {
+    type Value = Option<PathBuf>;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(r#"an absolute path, such as "/run/criu-image.pid", or "" for none"#)
+    }
+
+    fn from_text(text: &str) -> Option<Option<PathBuf>> {
+        let file = Some(text).filter(|text| !text.is_empty());
+        let right = Path::new(text).is_absolute() && !text.contains('\0');
+        (file.is_none() || right).then(|| file.map(Into::into))
+    }
+
+    fn write<S: Serializer>(path: &Option<PathBuf>, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&path.as_deref().unwrap_or(Path::new("")).to_string_lossy())
     }
 }
 
