@@ -1,11 +1,9 @@
-//! One link: a proxy connected over TCP, from its preface to its end. Its snapshots come in any
+//! One link: a proxy that is connected, from its preface to its end. Its snapshots come in any
 //! interleaving; what one of them does wrong damages that one, what the peer does wrong ends the
 //! link, and damages those that were under way.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::Instrument;
@@ -13,6 +11,7 @@ use tracing::Instrument;
 use crate::config::CacheSettings;
 use crate::daemon::journal;
 use crate::sys::clock::host_name;
+use crate::sys::connected::{Peer, Stream};
 use crate::wire::frame::BadFrame;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
 use crate::wire::message::{Message, Welcome};
@@ -59,8 +58,10 @@ impl Over {
     }
 }
 
-/// Serves one link until it ends.
-pub(super) async fn serve(cache: &Cache, stream: TcpStream, address: SocketAddr) {
+/// Serves one link until it ends. Returns whether nothing was lost with it, and the peer was not to
+/// blame for its end.
+pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
+    let address = stream.peer();
     let span = tracing::info_span!("link", criu_peer = %address);
     async {
         let settings = cache.settings();
@@ -68,7 +69,7 @@ pub(super) async fn serve(cache: &Cache, stream: TcpStream, address: SocketAddr)
             Ok(halves) => halves,
             Err(error) => {
                 tracing::warn!("a link from {address} cannot be served: {error}");
-                return;
+                return false;
             }
         };
         let name = match welcome(&settings, &mut reader, &mut writer, address).await {
@@ -77,16 +78,16 @@ pub(super) async fn serve(cache: &Cache, stream: TcpStream, address: SocketAddr)
                 farewell(&mut writer, &over).await;
                 let message_id = journal::PEER_REFUSED;
                 tracing::warn!(message_id, "a link from {address} is refused: {over}");
-                return;
+                return !over.is_fault();
             }
         };
         let peer = format!("{name} ({address})");
         let _up = cache.links.add(&peer);
         tracing::info!(message_id = journal::LINK_UP, "link from {peer} is up");
-        run(cache, &settings, reader, writer, &peer).await;
+        run(cache, &settings, reader, writer, &peer).await
     }
     .instrument(span)
-    .await;
+    .await
 }
 
 /// The handshake. Returns the peer's name for itself.
@@ -94,7 +95,7 @@ async fn welcome(
     settings: &CacheSettings,
     reader: &mut Reader,
     writer: &mut Writer,
-    address: SocketAddr,
+    address: Peer,
 ) -> Result<String, Over> {
     let limit = settings.link.hello_timeout;
     let greeting = async {
@@ -106,7 +107,7 @@ async fn welcome(
             let kind = message.kind().as_str_name();
             return Err(Over::Refused(format!("a {kind} instead of a HELLO")));
         };
-        if !address.ip().is_loopback() && !settings.insecure {
+        if !address.is_local() && !settings.insecure {
             return Err(Over::Refused(
                 "plaintext from another host; set `insecure = true` in the cache's configuration \
                  to allow it on a network that you trust"
@@ -141,7 +142,13 @@ async fn farewell(writer: &mut Writer, over: &Over) {
 }
 
 /// Everything after the handshake.
-async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Writer, peer: &str) {
+async fn run(
+    cache: &Cache,
+    settings: &CacheSettings,
+    reader: Reader,
+    writer: Writer,
+    peer: &str,
+) -> bool {
     let (replies, queue) = mpsc::channel(ANSWERS);
     let limits = Limits { images: settings.store.max_images, snapshots: SNAPSHOTS };
     let mut incoming = Incoming::new(cache, peer, limits, replies);
@@ -162,4 +169,5 @@ async fn run(cache: &Cache, settings: &CacheSettings, reader: Reader, writer: Wr
     } else {
         tracing::info!(message_id, "idle link from {peer} ended: {over}");
     }
+    lost == 0 && !over.is_fault()
 }

@@ -19,24 +19,24 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Instant;
 
 use tokio::net::{TcpListener, TcpStream, UnixStream};
-use tracing::Level;
 
 use crate::config::CacheSettings;
 use crate::control::model::LinkStatus;
 use crate::criu::remote::CACHE_SOCKET;
 use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::accept::{Listeners, accept_each, permits};
+use crate::daemon::given::GivenLink;
 use crate::daemon::handed_over::into_tokio;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::store::{State, Store};
 use crate::sys::clock::now_ms;
+use crate::sys::connected::Stream;
 
 use restore::Source;
 
@@ -50,6 +50,7 @@ pub struct Cache {
     /// Those of them that do not wait for a snapshot any more.
     serving: Sessions,
     listeners: Listeners,
+    given: GivenLink,
     rate: Rate,
     /// What old clients have read of: their ending names nothing.
     read: RefCell<BTreeSet<String>>,
@@ -66,6 +67,7 @@ impl Cache {
             restores: Sessions::default(),
             serving: Sessions::default(),
             listeners: Listeners::default(),
+            given: GivenLink::default(),
             rate: Rate::default(),
             read: RefCell::default(),
             served: Cell::new(0),
@@ -93,9 +95,16 @@ impl Cache {
 
     /// Serves one proxy.
     async fn serve_link(self: Rc<Self>, (socket, address): (TcpStream, SocketAddr)) {
-        // An IPv4 peer of an IPv6 socket is shown and judged as what it is.
-        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-        link::serve(&self, socket, address).await;
+        match Stream::from_tcp(socket, address) {
+            Ok(stream) => drop(link::serve(&self, stream).await),
+            Err(error) => tracing::warn!("a link from {address} cannot be served: {error}"),
+        }
+    }
+
+    /// Serves the one proxy that is connected already.
+    async fn serve_given(self: Rc<Self>, stream: Stream) {
+        let well = link::serve(&self, stream).await;
+        self.given.ended(well);
     }
 }
 
@@ -164,14 +173,6 @@ impl Daemon for Cache {
         }
     }
 
-    fn level(settings: &CacheSettings) -> Level {
-        settings.log.level
-    }
-
-    fn set_work_dir(settings: &mut CacheSettings, work_dir: PathBuf) {
-        settings.work_dir = work_dir;
-    }
-
     fn start(settings: CacheSettings, sockets: Sockets) -> io::Result<Rc<Cache>> {
         let max = permits(settings.sessions.max);
         let max_links = permits(settings.link.max);
@@ -200,6 +201,9 @@ impl Daemon for Cache {
                 let accept = async || listener.accept().await;
                 accept_each("link", max, accept, |peer| cache.clone().serve_link(peer)).await;
             });
+        }
+        if let Some(connected) = sockets.connected {
+            tokio::task::spawn_local(cache.clone().serve_given(connected.register()?));
         }
         for listener in sockets.control {
             let (backend, admitting) = (control::Control(cache.clone()), cache.clone());
@@ -253,6 +257,21 @@ impl Daemon for Cache {
 
     fn stop_accepting(&self) {
         self.listeners.stop();
+    }
+
+    /// What it holds whole stays until a restore has taken it: only then the link's end is the end.
+    async fn over(&self) -> bool {
+        let well = self.given.over().await;
+        let mut changed = self.store.watch();
+        let whole = || StateCounts::of(&self.store).whole;
+        if whole() > 0 {
+            tracing::info!("{} whole snapshots are still served", whole());
+        }
+        while whole() > 0 {
+            // The store lives as long as this.
+            let _ = changed.changed().await;
+        }
+        well
     }
 
     fn farewell(&self) {

@@ -1,7 +1,11 @@
-//! Logs: to journald with fields where a journal is, to stderr where there is none.
+//! Logs: to a file if one is named, else to journald with fields where a journal is, else to stderr.
 
+use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::Level;
 use tracing_journald::{Priority, PriorityMappings};
@@ -10,56 +14,107 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
-/// Changes the level while the daemon runs.
+use crate::config::LogSettings;
+
+/// Where journald takes messages (systemd-journald.service(8)).
+pub(super) const JOURNAL: &str = "/run/systemd/journal/socket";
+
+/// Changes the level, and the file, while the daemon runs.
 #[derive(Debug)]
 pub(super) struct Logging {
-    verbose: u8,
     level: reload::Handle<Targets, Registry>,
+    file: Option<LogFile>,
+    on_stderr: bool,
 }
 
 impl Logging {
-    /// Starts logging. `verbose` counts `-v`, and adds to the configured level.
-    pub(super) fn start(level: Level, verbose: u8) -> Logging {
-        let (filter, handle) = reload::Layer::new(filter(level, verbose));
-        let output = match journal() {
-            Some(layer) => layer.boxed(),
-            None => tracing_subscriber::fmt::layer()
-                .with_writer(io::stderr)
-                .with_ansi(io::stderr().is_terminal())
-                .with_target(false)
-                .boxed(),
+    /// Starts logging. In the `background` there is no stderr to fall back on.
+    pub(super) fn start(settings: &LogSettings, background: bool) -> io::Result<Logging> {
+        let (filter, level) = reload::Layer::new(filter(settings.level));
+        let file = settings.file.as_deref().map(LogFile::start).transpose()?;
+        let connected = stderr_is_journal();
+        let journal = if file.is_none() && (connected || background) { journal() } else { None };
+        if background && file.is_none() && journal.is_none() {
+            return Err(io::Error::other("the journal does not answer; name a --log-file"));
+        }
+        let on_stderr = file.is_none() && (journal.is_none() || connected);
+        let text = tracing_subscriber::fmt::layer().with_target(false);
+        let output = match (journal, &file) {
+            (Some(layer), _) => layer.boxed(),
+            (None, Some(file)) => {
+                let current = file.current.clone();
+                let writer = move || current.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                text.with_writer(writer).with_ansi(false).boxed()
+            }
+            (None, None) => {
+                text.with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).boxed()
+            }
         };
         // A second logger in one process can only be a test's.
         let _ = tracing_subscriber::registry().with(filter).with(output).try_init();
-        Logging { verbose, level: handle }
+        Ok(Logging { level, file, on_stderr })
     }
 
     /// Puts another configured level in force.
     pub(super) fn set_level(&self, level: Level) {
-        let _ = self.level.reload(filter(level, self.verbose));
+        let _ = self.level.reload(filter(level));
+    }
+
+    /// Opens the log file anew, if there is one: the one that is open may have been moved away.
+    pub(super) fn reopen(&self) {
+        if let Some(Err(error)) = self.file.as_ref().map(LogFile::reopen) {
+            tracing::error!("logging goes on to the file that was open: {error}");
+        }
+    }
+
+    /// Whether what is logged is seen where stderr is.
+    pub(super) fn is_on_stderr(&self) -> bool {
+        self.on_stderr
     }
 }
 
-fn filter(level: Level, verbose: u8) -> Targets {
-    let least = match verbose {
-        0 => level,
-        1 => Level::DEBUG,
-        _ => Level::TRACE,
-    };
-    let level = level.max(least);
+/// The log file. What logs takes hold of the one that is current, hence the two `Arc`.
+#[derive(Debug)]
+struct LogFile {
+    path: PathBuf,
+    current: Arc<Mutex<Arc<File>>>,
+}
+
+impl LogFile {
+    fn start(path: &Path) -> io::Result<LogFile> {
+        let current = Arc::new(Mutex::new(Arc::new(open(path)?)));
+        Ok(LogFile { path: path.to_owned(), current })
+    }
+
+    fn reopen(&self) -> io::Result<()> {
+        let file = Arc::new(open(&self.path)?);
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = file;
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    File::options().append(true).create(true).mode(0o600).open(path).map_err(|error| {
+        let text = format!("cannot open the log file {}: {error}", path.display());
+        io::Error::new(error.kind(), text)
+    })
+}
+
+fn filter(level: Level) -> Targets {
     // The libraries tell of their insides at trace, zlink of a peer's bytes as if they were text.
     Targets::new()
         .with_default(level.min(Level::DEBUG))
         .with_target(env!("CARGO_CRATE_NAME"), level)
 }
 
-/// The journal, if stderr is connected to it: a daemon started from a terminal logs to the terminal.
+/// Whether stderr is connected to the journal: a daemon started from a terminal logs to the terminal.
+fn stderr_is_journal() -> bool {
+    let Ok(connected) = std::env::var("JOURNAL_STREAM") else { return false };
+    let stat = rustix::fs::fstat(io::stderr().as_fd());
+    stat.is_ok_and(|stat| connected == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
 fn journal() -> Option<tracing_journald::Layer> {
-    let connected = std::env::var("JOURNAL_STREAM").ok()?;
-    let stat = rustix::fs::fstat(io::stderr().as_fd()).ok()?;
-    if connected != format!("{}:{}", stat.st_dev, stat.st_ino) {
-        return None;
-    }
     let layer = tracing_journald::layer().ok()?.with_field_prefix(None);
     // The layer's own choice is a step louder: notice for info.
     Some(layer.with_priority_mappings(PriorityMappings {

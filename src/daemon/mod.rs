@@ -1,17 +1,22 @@
-//! What both daemons need to be services: options, sockets, accepting, logs, notices to systemd,
-//! reload and an orderly end.
+//! What both daemons need to be services: options, sockets, accepting, logs, readiness, notices to
+//! systemd, reload and an orderly end.
 
 pub mod accept;
+mod background;
 pub mod cli;
+pub mod given;
 pub mod handed_over;
 pub mod journal;
 mod logging;
 mod notify;
+mod pidfile;
 pub mod rate;
 pub mod remote;
 mod service;
 pub mod sessions;
 mod sockets;
+mod start;
 
-pub use service::{Daemon, main};
+pub use service::Daemon;
 pub use sockets::{CONTROL_SOCKET, SocketError, Sockets, Wanted};
+pub use start::main;

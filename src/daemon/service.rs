@@ -1,20 +1,19 @@
-//! The life of a daemon: configuration, sockets, readiness, reload, the orderly end.
+//! The life of a daemon: sockets, readiness, reload, the orderly end.
 
 use std::io;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
-use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tracing::Level;
 
-use super::cli::{Common, EXIT_CONFIG};
+use super::cli::Common;
+use super::given::Given;
 use super::logging::Logging;
 use super::notify;
+use super::pidfile::PidFile;
 use super::sockets::{Sockets, Wanted};
 use crate::config::{ConfigError, Settings};
 
@@ -32,11 +31,6 @@ pub trait Daemon: Sized + 'static {
 
     /// What it listens on.
     fn wanted(settings: &Self::Settings) -> Wanted<'_>;
-    /// The configured level of its logs.
-    fn level(settings: &Self::Settings) -> Level;
-    /// Takes `--work-dir` over.
-    fn set_work_dir(settings: &mut Self::Settings, work_dir: PathBuf);
-
     /// Starts to serve the sockets, in tasks of the current `LocalSet`.
     fn start(settings: Self::Settings, sockets: Sockets) -> io::Result<Rc<Self>>;
     /// Puts another configuration in force.
@@ -51,60 +45,43 @@ pub trait Daemon: Sized + 'static {
     fn progress(&self) -> u64;
     /// Accepts nothing from now on.
     fn stop_accepting(&self);
+    /// Resolves when there is nothing left to do: the link's socket was given (`--ps-socket`), and
+    /// was closed. Returns whether nothing was lost with it. Otherwise a daemon is never done.
+    fn over(&self) -> impl Future<Output = bool>;
     /// The last call: tells the journal what is lost.
     fn farewell(&self);
 }
 
-/// The body of a daemon's `main`.
-pub fn main<D: Daemon>(options: &Common) -> ExitCode {
-    let settings = match load::<D>(options) {
-        Ok(settings) => settings,
-        Err(error) => {
-            eprintln!("{}: {error}", D::NAME);
-            return ExitCode::from(EXIT_CONFIG);
-        }
-    };
-    if options.check_config {
-        print!("{}", settings.to_toml());
-        return ExitCode::SUCCESS;
-    }
-    let logging = Logging::start(D::level(&settings), options.verbose);
-    raise_descriptor_limit();
-    match run::<D>(options, settings, &logging) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn load<D: Daemon>(options: &Common) -> Result<D::Settings, ConfigError> {
+/// The settings in force: those of the file, and the options over them.
+pub(super) fn load<D: Daemon>(options: &Common) -> Result<D::Settings, ConfigError> {
     let mut settings = D::Settings::load(options.config.as_deref())?;
-    if let Some(work_dir) = &options.work_dir {
-        D::set_work_dir(&mut settings, work_dir.clone());
-    }
+    options.replace(settings.shared());
     Ok(settings)
 }
 
-fn run<D: Daemon>(
+/// Serves until the end. Returns whether that is a good one.
+pub(super) fn run<D: Daemon>(
     options: &Common,
-    settings: D::Settings,
+    mut settings: D::Settings,
+    given: Given,
     logging: &Logging,
-) -> Result<(), Box<dyn std::error::Error>> {
+) -> Result<bool, Box<dyn std::error::Error>> {
+    // Before anything that another daemon may be using; removed when this returns.
+    let _pidfile = settings.shared().pidfile.as_deref().map(PidFile::claim).transpose()?;
     // While there is one thread, and before anything else can open descriptors.
-    let sockets = Sockets::acquire(D::wanted(&settings))?;
+    let sockets = Sockets::acquire(D::wanted(&settings), given.link)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = LocalSet::new();
     runtime.block_on(local.run_until(async {
         let mut signals = Signals::listen()?;
         let daemon = D::start(settings, sockets)?;
+        given.readiness.report()?;
         notify::ready(&daemon.status_line());
         tracing::info!("{} {} serves", D::NAME, env!("CARGO_PKG_VERSION"));
-        serve(&*daemon, options, logging, &mut signals).await;
+        let well = serve(&*daemon, options, logging, &mut signals).await;
         drain(&*daemon, &mut signals).await;
         daemon.farewell();
-        Ok(())
+        Ok(well)
     }))
 }
 
@@ -132,16 +109,26 @@ impl Signals {
     }
 }
 
-/// Until the daemon is told to stop. The same task that pings the watchdog looks at every part of
+/// Until the daemon is told to stop, or has nothing left to do. Returns whether that is well. The same task that pings the watchdog looks at every part of
 /// the daemon for the status line, so a ping proves that the event loop and they work.
-async fn serve<D: Daemon>(daemon: &D, options: &Common, logging: &Logging, signals: &mut Signals) {
+async fn serve<D: Daemon>(
+    daemon: &D,
+    options: &Common,
+    logging: &Logging,
+    signals: &mut Signals,
+) -> bool {
+    let mut over = pin!(daemon.over());
     let mut tick = interval(notify::watchdog_interval().map_or(TICK, |limit| limit.min(TICK)));
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut shown = String::new();
     loop {
         tokio::select! {
-            _ = signals.terminate.recv() => return,
-            _ = signals.interrupt.recv() => return,
+            _ = signals.terminate.recv() => return true,
+            _ = signals.interrupt.recv() => return true,
+            well = &mut over => {
+                tracing::info!("the socket that was given as the link is closed: the daemon ends");
+                return well;
+            }
             _ = signals.hang_up.recv() => {
                 reload(daemon, options, logging);
                 shown.clear();
@@ -162,9 +149,10 @@ async fn serve<D: Daemon>(daemon: &D, options: &Common, logging: &Logging, signa
 /// Reads the configuration again. One that is refused changes nothing.
 fn reload<D: Daemon>(daemon: &D, options: &Common, logging: &Logging) {
     notify::reloading();
+    logging.reopen();
     match load::<D>(options) {
-        Ok(settings) => {
-            logging.set_level(D::level(&settings));
+        Ok(mut settings) => {
+            logging.set_level(settings.shared().log.level);
             daemon.reload(settings);
             tracing::info!("configuration reloaded");
         }
@@ -195,13 +183,4 @@ async fn drain<D: Daemon>(daemon: &D, signals: &mut Signals) {
         }
     }
     notify::stopping("stopped", Duration::from_secs(5));
-}
-
-/// An image is a descriptor or two; the soft limit is a default for programs that use select(2).
-fn raise_descriptor_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::debug!("the limit of open files stays as it is: {error}");
-    }
 }

@@ -1,12 +1,15 @@
-//! The listening sockets: from systemd by name, or bound by the daemon itself.
+//! The sockets: from systemd by name, or bound by the daemon itself. The link's may be a connection
+//! that somebody else made.
 
 use std::io;
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
 
+use crate::sys::connected::Connected;
 use crate::sys::unix;
 
 /// Names of the sockets, as `FileDescriptorName=` has them.
@@ -14,6 +17,8 @@ const STREAM: &str = "stream";
 const REMOTE: &str = "remote";
 const CONTROL: &str = "control";
 const LINK: &str = "link";
+/// What systemd names the one connection of a service whose socket has `Accept=yes`.
+const CONNECTION: &str = "connection";
 
 /// The control socket in the work-dir.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -29,6 +34,8 @@ pub struct Sockets {
     pub control: Vec<UnixListener>,
     /// The link (cache only).
     pub link: Vec<TcpListener>,
+    /// The link itself, where somebody else made it: nothing listens for another then.
+    pub connected: Option<Connected>,
 }
 
 /// Why there are no sockets to serve.
@@ -48,6 +55,9 @@ pub enum SocketError {
     /// A name that this daemon has no use for.
     #[error("systemd handed over a socket named {0:?}; this daemon knows {1}")]
     Unknown(String, String),
+    /// The one link that there can be, and another or a socket for more.
+    #[error("a connected socket is the only link; {0} cannot be used as well")]
+    OneLink(&'static str),
     /// Not all were handed over.
     #[error("systemd handed over no socket named {name:?}; start {unit}")]
     Missing {
@@ -90,30 +100,44 @@ pub struct Wanted<'a> {
 }
 
 impl Sockets {
-    /// Takes the sockets from systemd, or binds them. To be called while there is one thread.
-    pub fn acquire(wanted: Wanted<'_>) -> Result<Sockets, SocketError> {
+    /// Takes the sockets from systemd, or binds them. `given` is a link that is connected. To be
+    /// called while there is one thread.
+    pub fn acquire(wanted: Wanted<'_>, given: Option<Connected>) -> Result<Sockets, SocketError> {
         // The names have to be read before listenfd clears the environment.
         let names: Vec<String> = sd_notify::listen_fds_with_names()
             .map_err(SocketError::Environment)?
             .map(|(_, name)| name)
             .collect();
-        if names.is_empty() { Sockets::bind(wanted) } else { Sockets::inherit(wanted, names) }
+        let by_itself = names.iter().all(|name| name == CONNECTION);
+        let mut sockets = Sockets { connected: given, ..Sockets::default() };
+        sockets.inherit(wanted, names)?;
+        // With Accept=yes systemd has nothing else to hand over.
+        if by_itself {
+            sockets.bind(wanted)?;
+        } else {
+            sockets.check(wanted)?;
+        }
+        Ok(sockets)
     }
 
-    fn inherit(wanted: Wanted<'_>, names: Vec<String>) -> Result<Sockets, SocketError> {
-        let mut sockets = Sockets::default();
+    fn inherit(&mut self, wanted: Wanted<'_>, names: Vec<String>) -> Result<(), SocketError> {
         let mut descriptors = ListenFd::from_env();
         for (index, name) in names.into_iter().enumerate() {
             let taken = match name.as_str() {
-                STREAM => take_unix(&mut descriptors, index, &mut sockets.stream),
-                REMOTE => take_unix(&mut descriptors, index, &mut sockets.remote),
-                CONTROL => take_unix(&mut descriptors, index, &mut sockets.control),
-                LINK if wanted.link.is_some() => descriptors
-                    .take_tcp_listener(index)
-                    .map(|listener| sockets.link.extend(listener)),
+                STREAM => take_unix(&mut descriptors, index, &mut self.stream),
+                REMOTE => take_unix(&mut descriptors, index, &mut self.remote),
+                CONTROL => take_unix(&mut descriptors, index, &mut self.control),
+                LINK | CONNECTION if wanted.link.is_some() && self.connected.is_some() => {
+                    return Err(SocketError::OneLink("what systemd handed over for it"));
+                }
+                LINK if wanted.link.is_some() => {
+                    descriptors.take_tcp_listener(index).map(|listener| self.link.extend(listener))
+                }
+                CONNECTION if wanted.link.is_some() => take_connected(&mut descriptors, index)
+                    .map(|connected| self.connected = Some(connected)),
                 _ => {
                     let known = if wanted.link.is_some() {
-                        "stream, remote, control, link"
+                        "stream, remote, control, link, connection"
                     } else {
                         "stream, remote, control"
                     };
@@ -122,40 +146,56 @@ impl Sockets {
             };
             taken.map_err(|cause| SocketError::Descriptor { name, cause })?;
         }
+        if self.connected.is_some() && !self.link.is_empty() {
+            return Err(SocketError::OneLink("the socket that systemd named \"link\""));
+        }
+        Ok(())
+    }
+
+    /// Whether all that is needed was handed over.
+    fn check(&self, wanted: Wanted<'_>) -> Result<(), SocketError> {
+        let needs_link = wanted.link.is_some() && self.connected.is_none();
         // Only who has clients for it starts the socket of the remote protocol.
         for (name, missing) in [
-            (STREAM, sockets.stream.is_empty()),
-            (CONTROL, sockets.control.is_empty()),
-            (LINK, wanted.link.is_some() && sockets.link.is_empty()),
+            (STREAM, self.stream.is_empty()),
+            (CONTROL, self.control.is_empty()),
+            (LINK, needs_link && self.link.is_empty()),
         ] {
             if missing {
                 let unit = format!("{}-{name}.socket", wanted.daemon);
                 return Err(SocketError::Missing { name, unit });
             }
         }
-        Ok(sockets)
+        Ok(())
     }
 
-    fn bind(wanted: Wanted<'_>) -> Result<Sockets, SocketError> {
+    fn bind(&mut self, wanted: Wanted<'_>) -> Result<(), SocketError> {
         let bind = |name| {
             unix::bind(wanted.work_dir, name)
                 .map_err(|cause| SocketError::Bind { path: wanted.work_dir.join(name), cause })
         };
         std::fs::create_dir_all(wanted.work_dir)
             .map_err(|cause| SocketError::Bind { path: wanted.work_dir.to_owned(), cause })?;
-        let mut sockets = Sockets {
-            stream: vec![bind(wanted.stream)?],
-            remote: vec![bind(wanted.remote)?],
-            control: vec![bind(CONTROL_SOCKET)?],
-            link: Vec::new(),
-        };
-        if let Some(address) = wanted.link {
+        self.stream.push(bind(wanted.stream)?);
+        self.remote.push(bind(wanted.remote)?);
+        self.control.push(bind(CONTROL_SOCKET)?);
+        if let (Some(address), None) = (wanted.link, &self.connected) {
             let listener = TcpListener::bind(address)
                 .map_err(|cause| SocketError::Listen { address: address.to_owned(), cause })?;
-            sockets.link.push(listener);
+            self.link.push(listener);
         }
-        Ok(sockets)
+        Ok(())
     }
+}
+
+/// listenfd looks at the family of a socket, not at whether it listens.
+fn take_connected(descriptors: &mut ListenFd, index: usize) -> io::Result<Connected> {
+    let taken = match descriptors.take_unix_listener(index) {
+        Ok(socket) => socket.map(OwnedFd::from),
+        Err(_) => descriptors.take_tcp_listener(index)?.map(OwnedFd::from),
+    };
+    let socket = taken.ok_or(io::ErrorKind::NotFound)?;
+    Connected::adopt(socket).map_err(io::Error::other)
 }
 
 fn take_unix(

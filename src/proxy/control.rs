@@ -35,7 +35,7 @@ impl Backend for Control {
             max_bytes: 0,
             total_bytes: proxy.records.total(),
             rate: proxy.rate.per_second(),
-            links: proxy.links.status(&proxy.settings().cache),
+            links: proxy.links.status(&proxy.links.destination(&proxy.settings())),
         }
     }
 
@@ -67,8 +67,9 @@ impl Backend for Control {
         let proxy = self.0.clone();
         let cache = match &request.to {
             Some(to) => full_address(to).map_err(Refusal::Refused)?,
-            None => proxy.settings().cache.clone(),
+            None => proxy.links.destination(&proxy.settings()),
         };
+        proxy.links.check(&cache).map_err(Refusal::Refused)?;
         let socket = Socket::from(request.listening, socket)
             .map_err(|error| Refusal::Refused(format!("the socket cannot be used: {error}")))?;
         let record =

@@ -1,7 +1,7 @@
 //! The handshake on a connection to a cache.
 
 use crate::config::ProxySettings;
-use crate::sys::connected::Connected;
+use crate::sys::connected::Stream;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
 use crate::wire::message::{Hello, Message};
 
@@ -25,14 +25,14 @@ impl NotGreeted {
 
 /// Shakes hands on a connection. Returns the cache's name for itself.
 pub(super) async fn greet(
-    connected: Connected,
+    stream: Stream,
     name: &str,
     settings: &ProxySettings,
 ) -> Result<(Reader, Writer, String), NotGreeted> {
     let outgoing = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
     let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing };
     let (mut reader, mut writer) =
-        lane::split(connected, pipes, settings.link.keep_alive).map_err(LaneError::from)?;
+        lane::split(stream, pipes, settings.link.keep_alive).map_err(LaneError::from)?;
     let hello = Message::Hello(Hello { name: name.to_owned(), features: Vec::new() });
     writer.send_preface().await.map_err(LaneError::from)?;
     writer.send(&hello).await.map_err(LaneError::from)?;

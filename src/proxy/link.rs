@@ -1,22 +1,29 @@
-//! The connections to caches, one for each destination, made when there is something to send.
+//! The connections to caches, one for each destination, made when there is something to send. Or the
+//! one that was given to the proxy: then there is no other.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::field::display;
 
 use crate::config::ProxySettings;
 use crate::control::model::LinkStatus;
+use crate::daemon::given::GivenLink;
 use crate::daemon::journal;
-use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
-use crate::wire::message::{Hello, Message};
+use crate::daemon::sessions::Sessions;
+use crate::sys::connected::{Peer, Stream};
+use crate::wire::lane::{Reader, Writer};
 
 use super::connection::Connection;
+use super::greeting::greet;
 
 /// The first pause between two attempts to connect; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -27,6 +34,11 @@ const LAST_PAUSE: Duration = Duration::from_secs(5);
 pub struct Links {
     name: String,
     by_destination: RefCell<BTreeMap<String, Rc<Link>>>,
+    /// The peer of the link that was given, which is the only destination then.
+    given: OnceCell<String>,
+    given_link: GivenLink,
+    /// Dumps that wait for a link.
+    waiting: Sessions,
 }
 
 /// The link to one cache.
@@ -46,8 +58,70 @@ enum State {
 
 impl Links {
     /// No link yet. `name` is what this proxy calls itself.
-    pub fn new(name: String) -> Links {
-        Links { name, by_destination: RefCell::default() }
+    pub fn new(name: String) -> Rc<Links> {
+        Rc::new(Links {
+            name,
+            by_destination: RefCell::default(),
+            given: OnceCell::new(),
+            given_link: GivenLink::default(),
+            waiting: Sessions::default(),
+        })
+    }
+
+    /// Takes a connection that somebody else made as the only link, and shakes hands on it at once:
+    /// its other side waits. The error says why it may not be used.
+    pub fn join(
+        self: &Rc<Links>,
+        stream: Stream,
+        settings: Rc<ProxySettings>,
+    ) -> Result<(), String> {
+        let peer = stream.peer();
+        if !settings.insecure && !peer.is_local() {
+            return Err(plaintext(&peer.to_string()));
+        }
+        let destination = self.given.get_or_init(|| peer.to_string());
+        let (links, link) = (self.clone(), self.link(destination));
+        tokio::task::spawn_local(async move {
+            let only_one = link.connecting.lock().await;
+            let well = match greet(stream, &links.name, &settings).await {
+                Ok((reader, writer, cache)) => {
+                    tell_up(peer, &cache);
+                    let (_, over) = link.up(reader, writer, &settings);
+                    drop(only_one);
+                    over.await.is_ok_and(|lost| lost == 0)
+                }
+                Err(error) => {
+                    link.down(&error.to_string());
+                    let (message_id, criu_peer) = (journal::LINK_LOST, link.destination.as_str());
+                    tracing::warn!(message_id, criu_peer, "no link to {criu_peer}: {error}");
+                    // A peer that has nothing to say may leave.
+                    error.is_end() && links.waiting.live() == 0
+                }
+            };
+            links.given_link.ended(well);
+        });
+        Ok(())
+    }
+
+    /// Waits for the end of the link that was given. Returns whether nothing was lost with it.
+    pub async fn over(&self) -> bool {
+        self.given_link.over().await
+    }
+
+    /// Where snapshots go that name no destination.
+    pub fn destination(&self, settings: &ProxySettings) -> String {
+        self.given.get().unwrap_or(&settings.cache).clone()
+    }
+
+    /// Whether snapshots can go there; the error says why not.
+    pub fn check(&self, destination: &str) -> Result<(), String> {
+        match self.given.get() {
+            Some(given) if given != destination => Err(format!(
+                "nothing can be sent to {destination}: this proxy was given the only link it \
+                 speaks on, that to {given} (--ps-socket)"
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The connection to a cache; makes it if need be, trying again until `give_up_after` is over.
@@ -57,6 +131,8 @@ impl Links {
         destination: &str,
         settings: &ProxySettings,
     ) -> Result<Rc<Connection>, String> {
+        self.check(destination)?;
+        let _waiting = self.waiting.enter();
         let link = self.link(destination);
         // Each dump waits that long, also for another that connects.
         let deadline = Instant::now() + settings.link.give_up_after;
@@ -66,17 +142,16 @@ impl Links {
         if let Some(connection) = link.connection() {
             return Ok(connection);
         }
+        if self.given.get().is_some() {
+            return Err(format!("the only link, to {destination}, is over: {}", link.status().why));
+        }
         let mut pause = FIRST_PAUSE;
         loop {
             let limit = settings.link.connect_timeout.min(deadline - Instant::now());
             let why = match attempt(destination, &self.name, settings, limit).await {
                 Ok((reader, writer, cache)) => {
-                    tracing::info!(
-                        message_id = journal::LINK_UP,
-                        criu_peer = destination,
-                        "link to {destination} ({cache}) is up"
-                    );
-                    return Ok(link.up(reader, writer, settings));
+                    tell_up(destination, &cache);
+                    return Ok(link.up(reader, writer, settings).0);
                 }
                 Err(why) => why,
             };
@@ -144,17 +219,18 @@ impl Link {
         *self.state.borrow_mut() = State::Down { why: why.to_owned() };
     }
 
-    /// Puts a new connection into use, until it is over.
+    /// Puts a new connection into use, until it is over; then the task tells how many snapshots were
+    /// lost with it.
     fn up(
         self: &Rc<Link>,
         reader: Reader,
         writer: Writer,
         settings: &ProxySettings,
-    ) -> Rc<Connection> {
+    ) -> (Rc<Connection>, JoinHandle<usize>) {
         let (connection, over) = Connection::start(reader, writer, &settings.link);
         *self.state.borrow_mut() = State::Up(connection.clone());
         let (link, shared) = (self.clone(), connection.clone());
-        tokio::task::spawn_local(async move {
+        let task = tokio::task::spawn_local(async move {
             let why = over.await;
             link.down(&why);
             let lost = shared.close(&format!("the link to {} broke: {why}", link.destination));
@@ -168,14 +244,28 @@ impl Link {
             } else {
                 tracing::info!(message_id, criu_peer, "idle link to {criu_peer} ended: {why}");
             }
+            lost
         });
-        connection
+        (connection, task)
     }
 }
 
 fn no_link(destination: &str, settings: &ProxySettings, why: &str) -> String {
     let waited = settings.link.give_up_after;
     format!("no link to the cache {destination} within {waited:?}: {why}")
+}
+
+fn tell_up(destination: impl Display, cache: &str) {
+    let message_id = journal::LINK_UP;
+    let criu_peer = display(&destination);
+    tracing::info!(message_id, criu_peer, "link to {destination} ({cache}) is up");
+}
+
+fn plaintext(destination: &str) -> String {
+    format!(
+        "{destination} is not a loopback address and the link is plaintext: set `insecure = true` \
+         to allow it on a network that you trust"
+    )
 }
 
 /// Connects and shakes hands. Returns the cache's name for itself.
@@ -187,20 +277,17 @@ async fn attempt(
 ) -> Result<(Reader, Writer, String), String> {
     let in_time = async {
         let mut addresses = resolve(destination).await?;
-        addresses.retain(|address| settings.insecure || address.ip().is_loopback());
+        addresses.retain(|address| settings.insecure || Peer::Tcp(*address).is_local());
         if addresses.is_empty() {
-            return Err(format!(
-                "{destination} is not a loopback address and the link is plaintext: set \
-                 `insecure = true` to allow it on a network that you trust"
-            ));
+            return Err(plaintext(destination));
         }
-        let stream = TcpStream::connect(&addresses[..]).await.map_err(|error| error.to_string())?;
-        let outgoing = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
-        let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing };
-        let (mut reader, mut writer) = lane::split(stream, pipes, settings.link.keep_alive)
-            .map_err(|error| error.to_string())?;
-        let cache = shake_hands(&mut reader, &mut writer, name).await?;
-        Ok((reader, writer, cache))
+        let connect = async {
+            let stream = TcpStream::connect(&addresses[..]).await?;
+            let peer = stream.peer_addr()?;
+            Stream::from_tcp(stream, peer)
+        };
+        let stream = connect.await.map_err(|error| error.to_string())?;
+        greet(stream, name, settings).await.map_err(|error| error.to_string())
     };
     timeout(limit, in_time).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
 }
@@ -209,24 +296,5 @@ async fn resolve(destination: &str) -> Result<Vec<SocketAddr>, String> {
     match lookup_host(destination).await {
         Ok(addresses) => Ok(addresses.collect()),
         Err(error) => Err(format!("{destination} cannot be resolved: {error}")),
-    }
-}
-
-async fn shake_hands(
-    reader: &mut Reader,
-    writer: &mut Writer,
-    name: &str,
-) -> Result<String, String> {
-    let hello = Message::Hello(Hello { name: name.to_owned(), features: Vec::new() });
-    let greeting = async {
-        writer.send_preface().await?;
-        writer.send(&hello).await?;
-        reader.receive_preface().await?;
-        Ok::<_, LaneError>(reader.receive().await?.0)
-    };
-    match greeting.await.map_err(|error| error.to_string())? {
-        Message::Welcome(welcome) => Ok(welcome.name),
-        Message::Goodbye(goodbye) => Err(format!("the cache refuses: {}", goodbye.reason)),
-        other => Err(format!("a {} instead of a welcome", other.kind().as_str_name())),
     }
 }

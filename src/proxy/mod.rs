@@ -3,7 +3,7 @@
 //! - [`dump`]: one CRIU run, as a list of phases; `requests` and `forward` are its ends, towards
 //!   CRIU's socket and from CRIU's pipes.
 //! - `remote`: the clients that name their images, and the snapshots that they have begun.
-//! - [`link`]: the links to caches, made when there is something to send.
+//! - [`link`]: the links to caches, made when there is something to send; `greeting` is the handshake.
 //! - [`connection`]: a link that is up, and the snapshots that share it, each an [`upload`].
 //! - [`records`]: what was sent, for `criu-imagectl` and the status line.
 
@@ -16,16 +16,15 @@ pub mod upload;
 mod control;
 mod failure;
 mod forward;
+mod greeting;
 mod remote;
 mod requests;
 
 use std::cell::RefCell;
 use std::io;
-use std::path::PathBuf;
 use std::rc::Rc;
 
 use tokio::net::UnixStream;
-use tracing::Level;
 
 use crate::config::ProxySettings;
 use crate::criu::remote::PROXY_SOCKET;
@@ -47,7 +46,7 @@ use remote::Remote;
 pub struct Proxy {
     settings: RefCell<Rc<ProxySettings>>,
     name: String,
-    links: Links,
+    links: Rc<Links>,
     records: Rc<Records>,
     remote: Rc<Remote>,
     sessions: Sessions,
@@ -85,7 +84,7 @@ impl Proxy {
     /// Serves one dump of the shared socket: it becomes a new snapshot.
     async fn serve(self: Rc<Self>, socket: UnixStream) {
         if let Some(peer) = self.admit(&socket) {
-            let target = Target::fresh(&self.name, peer, self.settings().cache.clone());
+            let target = Target::fresh(&self.name, peer, self.links.destination(&self.settings()));
             dump::serve(&self, socket, peer, target).await;
         }
     }
@@ -105,18 +104,13 @@ impl Daemon for Proxy {
         }
     }
 
-    fn level(settings: &ProxySettings) -> Level {
-        settings.log.level
-    }
-
-    fn set_work_dir(settings: &mut ProxySettings, work_dir: PathBuf) {
-        settings.work_dir = work_dir;
-    }
-
     fn start(settings: ProxySettings, sockets: Sockets) -> io::Result<Rc<Proxy>> {
         let max = permits(settings.sessions.max);
         let max_clients = permits(settings.remote.max);
         let proxy = Proxy::new(settings);
+        if let Some(connected) = sockets.connected {
+            proxy.links.join(connected.register()?, proxy.settings()).map_err(io::Error::other)?;
+        }
         for listener in sockets.stream {
             let (proxy, max, listener) = (proxy.clone(), max.clone(), into_tokio(listener)?);
             proxy.clone().listeners.start(async move {
@@ -153,7 +147,7 @@ impl Daemon for Proxy {
 
     fn status_line(&self) -> String {
         let counts = self.records.counts();
-        let links = self.links.describe(&self.settings().cache);
+        let links = self.links.describe(&self.links.destination(&self.settings()));
         format!(
             "{} sending, {} sent, {} damaged; {} at {}/s; {links}",
             counts.receiving,
@@ -174,6 +168,10 @@ impl Daemon for Proxy {
 
     fn stop_accepting(&self) {
         self.listeners.stop();
+    }
+
+    async fn over(&self) -> bool {
+        self.links.over().await
     }
 
     fn farewell(&self) {

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::{Errno, ioctl_fionbio};
-use rustix::net::sockopt::{set_tcp_nodelay, socket_acceptconn, socket_domain, socket_type};
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType, getpeername};
 use tokio::io::{Interest, Ready};
 use tokio::net::{TcpStream, UnixStream};
@@ -59,7 +59,7 @@ pub enum NotConnected {
     Io(#[from] io::Error),
 }
 
-/// A connected stream socket, non-blocking.
+/// A connected stream socket that is not in the event loop yet.
 #[derive(Debug)]
 pub struct Connected {
     socket: OwnedFd,
@@ -91,19 +91,6 @@ impl Connected {
             _ if family == AddressFamily::UNIX => Peer::Unix,
             _ => return Err(NotConnected::NoPeer),
         };
-        Ok(Connected::new(socket, peer)?)
-    }
-
-    /// A connection that was made or accepted.
-    pub fn from_tcp(stream: TcpStream, peer: SocketAddr) -> io::Result<Connected> {
-        Connected::new(stream.into_std()?.into(), Peer::Tcp(canonical(peer)))
-    }
-
-    fn new(socket: OwnedFd, peer: Peer) -> io::Result<Connected> {
-        ioctl_fionbio(&socket, true)?;
-        if matches!(peer, Peer::Tcp(_)) {
-            set_tcp_nodelay(&socket, true)?;
-        }
         Ok(Connected { socket, peer })
     }
 
@@ -112,30 +99,46 @@ impl Connected {
         self.peer
     }
 
-    /// Registers it with the event loop.
+    /// Puts it into the event loop.
     pub fn register(self) -> io::Result<Stream> {
+        ioctl_fionbio(&self.socket, true)?;
         match self.peer {
-            Peer::Tcp(_) => TcpStream::from_std(self.socket.into()).map(Stream::Tcp),
-            Peer::Unix => UnixStream::from_std(self.socket.into()).map(Stream::Unix),
+            Peer::Tcp(peer) => Stream::from_tcp(TcpStream::from_std(self.socket.into())?, peer),
+            Peer::Unix => Ok(Stream(Kind::Unix(UnixStream::from_std(self.socket.into())?))),
         }
     }
 }
 
 /// A connected stream socket in the event loop.
 #[derive(Debug)]
-pub enum Stream {
-    /// To another host, or to this one.
-    Tcp(TcpStream),
-    /// Within this machine.
+pub struct Stream(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Tcp(TcpStream, Peer),
     Unix(UnixStream),
 }
 
 impl Stream {
+    /// A connection that was made or accepted.
+    pub fn from_tcp(stream: TcpStream, peer: SocketAddr) -> io::Result<Stream> {
+        stream.set_nodelay(true)?;
+        Ok(Stream(Kind::Tcp(stream, Peer::Tcp(canonical(peer)))))
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> Peer {
+        match self.0 {
+            Kind::Tcp(_, peer) => peer,
+            Kind::Unix(_) => Peer::Unix,
+        }
+    }
+
     /// Waits until the socket is ready, see tokio's `ready`.
     pub async fn ready(&self, interest: Interest) -> io::Result<Ready> {
-        match self {
-            Stream::Tcp(stream) => stream.ready(interest).await,
-            Stream::Unix(stream) => stream.ready(interest).await,
+        match &self.0 {
+            Kind::Tcp(stream, _) => stream.ready(interest).await,
+            Kind::Unix(stream) => stream.ready(interest).await,
         }
     }
 
@@ -145,18 +148,18 @@ impl Stream {
         interest: Interest,
         io: impl FnMut() -> io::Result<R>,
     ) -> io::Result<R> {
-        match self {
-            Stream::Tcp(stream) => stream.async_io(interest, io).await,
-            Stream::Unix(stream) => stream.async_io(interest, io).await,
+        match &self.0 {
+            Kind::Tcp(stream, _) => stream.async_io(interest, io).await,
+            Kind::Unix(stream) => stream.async_io(interest, io).await,
         }
     }
 }
 
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Stream::Tcp(stream) => stream.as_fd(),
-            Stream::Unix(stream) => stream.as_fd(),
+        match &self.0 {
+            Kind::Tcp(stream, _) => stream.as_fd(),
+            Kind::Unix(stream) => stream.as_fd(),
         }
     }
 }

@@ -1,10 +1,14 @@
-//! The system calls: pipes and splice, memfds, descriptors over unix sockets, the clock.
+//! The system calls: pipes and splice, memfds, connected sockets, descriptors that come over unix sockets or
+//! from the parent, the clock.
 //!
-//! Everything here goes through rustix's safe wrappers, so that the crate has no `unsafe` at all.
-//! These functions decide nothing; the modules that use them do.
+//! Everything here goes through rustix's safe wrappers but one thing, which no safe call can do: to
+//! take a descriptor that is named by its number (`inherited`). These functions decide nothing; the
+//! modules that use them do.
 
 pub mod clock;
+pub mod connected;
 pub mod ends;
+pub(crate) mod inherited;
 pub mod memfd;
 pub mod pipe;
 pub mod scm;

@@ -1,4 +1,4 @@
-//! One TCP connection of a link: frames in and out, payload by splice.
+//! One connection of a link, over any stream socket: frames in and out, payload by splice.
 //!
 //! The two directions are used by different tasks. A [`Writer`] or [`Reader`] whose future was
 //! dropped in the middle of a frame is of no use any more; the link has to end.
@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::frame::{self, BadFrame, HEADER_LEN, Header, PREFACE_LEN};
 use super::message::{BadMessage, Message};
+use crate::sys::connected::Stream;
 use crate::sys::pipe::{Pipe, transfer, transfer_from_file, transfer_to_file};
 
 pub use crate::sys::pipe::DEFAULT_CAPACITY;
@@ -47,6 +47,19 @@ pub enum LaneError {
     Io(#[from] io::Error),
 }
 
+impl LaneError {
+    /// Whether the peer has simply gone. One that goes with bytes unread leaves a reset behind.
+    pub fn is_end(&self) -> bool {
+        match self {
+            LaneError::Closed => true,
+            LaneError::Io(error) => {
+                matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+            }
+            _ => false,
+        }
+    }
+}
+
 /// The sizes in bytes of the pipes through which payload passes in each direction. A direction that
 /// carries none needs no more than [`DEFAULT_CAPACITY`].
 #[derive(Debug, Clone, Copy)]
@@ -58,12 +71,7 @@ pub struct Pipes {
 }
 
 /// Splits a connection into its two directions. Both sides send a sign of life every `keep_alive`.
-pub fn split(
-    stream: TcpStream,
-    pipes: Pipes,
-    keep_alive: Duration,
-) -> io::Result<(Reader, Writer)> {
-    stream.set_nodelay(true)?;
+pub fn split(stream: Stream, pipes: Pipes, keep_alive: Duration) -> io::Result<(Reader, Writer)> {
     let patience = keep_alive * SILENT_INTERVALS;
     let stream = Arc::new(stream);
     let reader = Reader { stream: stream.clone(), pipe: Pipe::new(pipes.incoming)?, patience };
@@ -73,7 +81,7 @@ pub fn split(
 /// The outgoing direction.
 #[derive(Debug)]
 pub struct Writer {
-    stream: Arc<TcpStream>,
+    stream: Arc<Stream>,
     pipe: Pipe,
 }
 
@@ -134,7 +142,7 @@ impl Writer {
 
     /// Sends some of the `len` bytes that the pipe holds, so that only the socket can say "not yet".
     async fn send_pipe(&mut self, len: usize) -> io::Result<usize> {
-        let send = || transfer(&self.pipe.out, &self.stream, len);
+        let send = || transfer(&self.pipe.out, &*self.stream, len);
         self.stream.async_io(Interest::WRITABLE, send).await
     }
 
@@ -143,7 +151,7 @@ impl Writer {
         while !bytes.is_empty() {
             let sent = self
                 .stream
-                .async_io(Interest::WRITABLE, || Ok(send(&self.stream, bytes, flags)?))
+                .async_io(Interest::WRITABLE, || Ok(send(&*self.stream, bytes, flags)?))
                 .await?;
             bytes = &bytes[sent..];
         }
@@ -154,7 +162,7 @@ impl Writer {
 /// The incoming direction.
 #[derive(Debug)]
 pub struct Reader {
-    stream: Arc<TcpStream>,
+    stream: Arc<Stream>,
     pipe: Pipe,
     patience: Duration,
 }
@@ -227,7 +235,7 @@ impl Reader {
     /// can say "not yet".
     async fn fill_pipe(&mut self, len: usize) -> Result<usize, LaneError> {
         let fill = self.stream.async_io(Interest::READABLE, || {
-            transfer(&self.stream, &self.pipe.into, len.min(self.pipe.capacity()))
+            transfer(&*self.stream, &self.pipe.into, len.min(self.pipe.capacity()))
         });
         match timeout(self.patience, fill).await {
             Err(_) => Err(LaneError::Silent(self.patience)),
@@ -246,7 +254,7 @@ impl Reader {
         while filled < bytes.len() {
             let rest = &mut bytes[filled..];
             let receive = self.stream.async_io(Interest::READABLE, || {
-                Ok(recv(&self.stream, &mut *rest, RecvFlags::DONTWAIT)?.0)
+                Ok(recv(&*self.stream, &mut *rest, RecvFlags::DONTWAIT)?.0)
             });
             match timeout(self.patience, receive).await {
                 Err(_) => return Err(LaneError::Silent(self.patience)),
