@@ -81,10 +81,10 @@ impl Link {
 
     /// Begins a snapshot, and in it an image of which not all comes.
     pub(crate) fn begin(&mut self, id: &str) {
-        let begin = SnapshotBegin { snapshot: 7, id: id.to_owned() };
+        let begin = SnapshotBegin { snapshot: 7, id: id.to_owned(), named: false };
         self.say(&Message::SnapshotBegin(begin).encode(0));
         let name = "pages-1.img".to_owned();
-        let image = ImageBegin { snapshot: 7, image: 1, name };
+        let image = ImageBegin { snapshot: 7, image: 1, name, append: false };
         self.say(&Message::ImageBegin(image).encode(0));
         let data = Message::ImageData(ImageData { snapshot: 7, image: 1, offset: 0 });
         self.say(&[&data.encode(5), &b"pages"[..]].concat());
