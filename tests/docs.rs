@@ -82,6 +82,42 @@ fn every_option_and_command_stands_in_the_page_of_commands() {
     }
 }
 
+/// A man page as `generate` writes it, without roff's escapes.
+fn man_page(dir: &Path, file: &str) -> String {
+    let page = fs::read_to_string(dir.join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+    page.replace("\\-", "-")
+}
+
+#[test]
+fn every_option_and_command_stands_in_its_man_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let ctl = env!("CARGO_BIN_EXE_criu-imagectl");
+    let generate = Command::new(ctl).args(["generate", "man"]).arg(dir.path()).status().unwrap();
+    assert!(generate.success());
+    let holds = |file: &str, help: &str| {
+        let (page, options) = (man_page(dir.path(), file), options(help));
+        assert!(!options.is_empty(), "{file}");
+        for option in options {
+            assert!(page.contains(&option), "{file}: {option}");
+        }
+    };
+    for (file, daemon) in [
+        ("criu-image-proxy.8", env!("CARGO_BIN_EXE_criu-image-proxy")),
+        ("criu-image-cache.8", env!("CARGO_BIN_EXE_criu-image-cache")),
+    ] {
+        holds(file, &help(daemon, &[]));
+    }
+    let overview = help(ctl, &[]);
+    holds("criu-imagectl.1", &overview);
+    let commands = overview.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    for command in commands.lines().map(|line| line.split_whitespace().next().unwrap()) {
+        if command != "help" {
+            holds(&format!("criu-imagectl-{command}.1"), &help(ctl, &[command]));
+            assert!(man_page(dir.path(), "criu-imagectl.1").contains(command), "{command}");
+        }
+    }
+}
+
 #[test]
 fn every_message_id_stands_in_the_page_of_operations() {
     let (code, page) = (read("src/daemon/journal.rs"), read("docs/operations.md"));
