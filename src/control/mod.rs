@@ -62,7 +62,7 @@ pub trait Backend {
     /// later is told by the snapshot's state.
     ///
     /// The socket is a unix stream socket, non-blocking and close-on-exec, and the id is a good
-    /// name ([`check_name`](crate::criu::names::check_name)).
+    /// one ([`check_id`](crate::criu::names::check_id)).
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal>;
 }
 

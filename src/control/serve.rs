@@ -21,7 +21,7 @@ use super::calls::{
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
 use super::{Backend, DESCRIPTION, INTERFACE, Open, Reading, Refusal};
-use crate::criu::names::check_name;
+use crate::criu::names::check_id;
 use crate::daemon::sessions::Peer;
 
 /// A peer that says nothing for so long is disconnected: its place is wanted.
@@ -212,7 +212,7 @@ fn answer(
 
 fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Result<(), Failure> {
     let OpenIn { id, to, take, again } = call;
-    check_name(&id).map_err(|bad| CallError::Refused { reason: bad.to_string() })?;
+    check_id(&id).map_err(|bad| CallError::Refused { reason: bad.to_string() })?;
     let socket = descriptors.into_iter().next().ok_or(CallError::NoDescriptor)?;
     let listening = prepare(&socket).map_err(|_| CallError::NotASocket)?;
     let reading = match (take.unwrap_or(true), again.unwrap_or(false)) {

@@ -174,8 +174,8 @@ fn what_is_no_socket_or_no_name_is_refused() {
         let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
         client.open("web", None, Reading::Take, datagram.into()).await.unwrap_err();
         let (ours, _theirs) = StdStream::pair().unwrap();
-        let refused = client.open("../web", None, Reading::Take, ours.into()).await.unwrap_err();
-        assert!(refused.to_string().contains("a slash"), "{refused}");
+        let refused = client.open("web\n", None, Reading::Take, ours.into()).await.unwrap_err();
+        assert!(refused.to_string().contains("control character"), "{refused}");
         let call = br#"{"method":"org.criu.ImageRelay.Open","parameters":{"id":"web"}}"#;
         let reply = raw(&path, &[call, &b"\0"[..]].concat()).await;
         assert!(reply.contains("org.criu.ImageRelay.NoDescriptor"), "{reply}");

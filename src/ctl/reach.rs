@@ -7,7 +7,7 @@ use super::cli::Daemon;
 use super::exit::{Exit, Failure};
 use crate::control::model::Role;
 use crate::control::{CACHE_SOCKET, Client, PROXY_SOCKET};
-use crate::criu::names::check_name;
+use crate::criu::names::check_id;
 
 /// The sockets of every daemon that is asked: the named one, or those that exist.
 pub(super) fn all(daemon: &Daemon) -> Result<Vec<PathBuf>, Failure> {
@@ -83,10 +83,11 @@ pub(super) fn snapshot_id(given: Option<&str>, dir: &Path) -> Result<String, Fai
         return Err(Failure::usage(format!("{} gives no snapshot its name", dir.display()))
             .cure("name it: --snapshot ID"));
     };
-    match check_name(&name) {
+    match check_id(&name) {
         Ok(()) => Ok(name),
-        Err(bad) => Err(Failure::usage(bad.to_string().replace("image", "snapshot"))
-            .cure("name it otherwise: --snapshot ID")),
+        Err(bad) => {
+            Err(Failure::usage(bad.to_string()).cure("name it otherwise: --snapshot ID"))
+        }
     }
 }
 
@@ -103,7 +104,8 @@ mod tests {
         std::fs::create_dir(&web).unwrap();
         std::os::unix::fs::symlink(&web, dir.path().join("link")).unwrap();
         assert_eq!(snapshot_id(None, &dir.path().join("link")).unwrap(), "web");
-        for (given, dir) in [(Some("a/b"), "x"), (None, "/")] {
+        assert_eq!(snapshot_id(Some("/tmp/1"), &web).unwrap(), "/tmp/1");
+        for (given, dir) in [(Some("a\nb"), "x"), (None, "/")] {
             assert_eq!(snapshot_id(given, Path::new(dir)).unwrap_err().exit, Exit::Usage);
         }
     }
