@@ -179,20 +179,14 @@ impl Daemon for Cache {
         let max_clients = permits(settings.remote.max);
         let cache = Cache::new(settings);
         for listener in sockets.stream {
-            let (cache, max, listener) = (cache.clone(), max.clone(), into_tokio(listener)?);
-            cache.clone().listeners.start(async move {
-                let accept = async || Ok(listener.accept().await?.0);
-                accept_each("stream", max, accept, |socket| cache.clone().serve(socket)).await;
-            });
+            let serving = cache.clone();
+            let serve = move |socket| serving.clone().serve(socket);
+            cache.listeners.serve_unix("stream", listener, &max, serve)?;
         }
         for listener in sockets.remote {
-            let max = max_clients.clone();
-            let (cache, listener) = (cache.clone(), into_tokio(listener)?);
-            cache.clone().listeners.start(async move {
-                let accept = async || Ok(listener.accept().await?.0);
-                accept_each("remote", max, accept, |socket| remote::serve(cache.clone(), socket))
-                    .await;
-            });
+            let serving = cache.clone();
+            let serve = move |socket| remote::serve(serving.clone(), socket);
+            cache.listeners.serve_unix("remote", listener, &max_clients, serve)?;
         }
         for listener in sockets.link {
             let (cache, max, listener) =

@@ -85,9 +85,7 @@ pub(super) fn snapshot_id(given: Option<&str>, dir: &Path) -> Result<String, Fai
     };
     match check_id(&name) {
         Ok(()) => Ok(name),
-        Err(bad) => {
-            Err(Failure::usage(bad.to_string()).cure("name it otherwise: --snapshot ID"))
-        }
+        Err(bad) => Err(Failure::usage(bad.to_string()).cure("name it otherwise: --snapshot ID")),
     }
 }
 

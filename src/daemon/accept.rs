@@ -2,12 +2,16 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::os::unix::net;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
+
+use super::handed_over::into_tokio;
 
 /// How long to wait when descriptors or memory have run out: a session's end frees some.
 pub const BACK_OFF: Duration = Duration::from_millis(100);
@@ -50,6 +54,23 @@ impl Listeners {
         let mut listeners = self.0.borrow_mut();
         listeners.retain(|listener| !listener.is_finished());
         listeners.push(tokio::task::spawn_local(listener));
+    }
+
+    /// Serves each connection of a unix socket, at most as many at once as there are permits. The part of
+    /// `serve` before its future is done in the order in which they are accepted.
+    pub fn serve_unix<F: Future<Output = ()> + 'static>(
+        &self,
+        socket: &'static str,
+        listener: net::UnixListener,
+        permits: &Arc<Semaphore>,
+        serve: impl Fn(UnixStream) -> F + 'static,
+    ) -> io::Result<()> {
+        let (listener, permits) = (into_tokio(listener)?, permits.clone());
+        self.start(async move {
+            let accept = async || Ok(listener.accept().await?.0);
+            accept_each(socket, permits, accept, serve).await;
+        });
+        Ok(())
     }
 
     /// Ends them all; what they have accepted goes on.

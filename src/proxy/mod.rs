@@ -29,7 +29,7 @@ use tokio::net::UnixStream;
 use crate::config::ProxySettings;
 use crate::criu::remote::PROXY_SOCKET;
 use crate::criu::stream::CAPTURE_SOCKET;
-use crate::daemon::accept::{Listeners, accept_each, permits};
+use crate::daemon::accept::{Listeners, permits};
 use crate::daemon::handed_over::into_tokio;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
@@ -112,20 +112,14 @@ impl Daemon for Proxy {
             proxy.links.join(connected.register()?, proxy.settings()).map_err(io::Error::other)?;
         }
         for listener in sockets.stream {
-            let (proxy, max, listener) = (proxy.clone(), max.clone(), into_tokio(listener)?);
-            proxy.clone().listeners.start(async move {
-                let accept = async || Ok(listener.accept().await?.0);
-                accept_each("stream", max, accept, |socket| proxy.clone().serve(socket)).await;
-            });
+            let serving = proxy.clone();
+            let serve = move |socket| serving.clone().serve(socket);
+            proxy.listeners.serve_unix("stream", listener, &max, serve)?;
         }
         for listener in sockets.remote {
-            let max = max_clients.clone();
-            let (proxy, listener) = (proxy.clone(), into_tokio(listener)?);
-            proxy.clone().listeners.start(async move {
-                let accept = async || Ok(listener.accept().await?.0);
-                accept_each("remote", max, accept, |socket| remote::session::serve(&proxy, socket))
-                    .await;
-            });
+            let serving = proxy.clone();
+            let serve = move |socket| remote::session::serve(&serving, socket);
+            proxy.listeners.serve_unix("remote", listener, &max_clients, serve)?;
         }
         for listener in sockets.control {
             let (backend, admitting) = (control::Control(proxy.clone()), proxy.clone());

@@ -84,7 +84,7 @@ impl Remote {
     }
 
     fn begin(&self, proxy: &Rc<Proxy>, id: &str) -> Result<Rc<Snapshot>, Refusal> {
-        let cache = proxy.settings().cache.clone();
+        let cache = proxy.links.destination(&proxy.settings());
         let record = proxy.records.add(id, &cache, SnapshotState::Receiving).ok_or_else(|| {
             Refusal::new(Errno::BUSY, format!("a dump through another socket is snapshot {id}"))
         })?;

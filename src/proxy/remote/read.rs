@@ -27,8 +27,8 @@ pub(super) struct Found {
 /// Finds an image, or a list.
 pub(super) async fn find(proxy: &Proxy, snapshot: &str, name: &str) -> Result<Found, Refusal> {
     let settings = proxy.settings();
-    let connect = proxy.links.connect(&settings.cache, &settings);
-    let connection = connect.await.map_err(Refusal::failed)?;
+    let cache = proxy.links.destination(&settings);
+    let connection = proxy.links.connect(&cache, &settings).await.map_err(Refusal::failed)?;
     let (size, first) = piece(&connection, snapshot, name, 0).await?;
     let (snapshot, name) = (snapshot.to_owned(), name.to_owned());
     Ok(Found { connection, snapshot, name, size, first })

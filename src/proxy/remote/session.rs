@@ -68,7 +68,7 @@ enum Ended {
 pub(in crate::proxy) fn serve(
     proxy: &Rc<Proxy>,
     socket: UnixStream,
-) -> impl Future<Output = ()> + 'static {
+) -> impl Future<Output = ()> + use<> {
     let admitted = proxy.admit(&socket).map(|peer| Session::begin(proxy.clone(), socket, peer));
     async move {
         if let Some((session, first)) = admitted {
