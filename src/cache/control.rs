@@ -145,7 +145,7 @@ fn describe(snapshot: &Snapshot) -> model::Snapshot {
         id: snapshot.id.clone(),
         state,
         reason: reason.to_owned(),
-        peer: snapshot.peer.clone(),
+        peer: snapshot.sender.name.clone(),
         images: counts.images,
         bytes: counts.bytes,
         begun_ms: snapshot.begun_ms,

@@ -14,7 +14,7 @@ use super::link::Over;
 use super::regions;
 use crate::daemon::journal;
 use crate::daemon::sessions::Session;
-use crate::store::{Image, Key, Store};
+use crate::store::{Image, Key, Sender, Store};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
     ImageAck, ImageReady, Message, RegionRequest, SnapshotAck, SnapshotReady,
@@ -30,7 +30,7 @@ const REGIONS: usize = 1024;
 pub(super) struct Incoming<'a> {
     cache: &'a Cache,
     store: &'a Store,
-    peer: &'a str,
+    sender: &'a Sender,
     receiver: Receiver,
     snapshots: HashMap<u32, Arriving>,
     replies: mpsc::Sender<Answer>,
@@ -52,14 +52,14 @@ impl<'a> Incoming<'a> {
     /// Nothing has come yet. `replies` takes what the peer is to be told.
     pub(super) fn new(
         cache: &'a Cache,
-        peer: &'a str,
+        sender: &'a Sender,
         limits: Limits,
         replies: mpsc::Sender<Answer>,
     ) -> Incoming<'a> {
         let receiver = Receiver::new(limits);
         let (store, snapshots) = (&*cache.store, HashMap::new());
         let regions = JoinSet::new();
-        Incoming { cache, store, peer, receiver, snapshots, replies, regions, deaf: false }
+        Incoming { cache, store, sender, receiver, snapshots, replies, regions, deaf: false }
     }
 
     /// Receives until the link is over; says why it is.
@@ -114,7 +114,7 @@ impl<'a> Incoming<'a> {
     }
 
     fn begin(&mut self, snapshot: u32, id: String, named: bool) {
-        match self.store.begin(&id, self.peer) {
+        match self.store.begin(&id, self.sender) {
             Ok(key) => {
                 if named {
                     self.store.reserve(key);
@@ -178,9 +178,10 @@ impl<'a> Incoming<'a> {
             return Err(Over::Refused(format!("it waits for more than {REGIONS} regions at once")));
         }
         let (store, replies) = (self.cache.store.clone(), self.replies.clone());
+        let host = self.sender.host;
         self.regions.spawn_local(async move {
             // Without room in the queue the answer waits: who asked waits, too.
-            let _ = replies.send(regions::answer(&store, &request).await).await;
+            let _ = replies.send(regions::answer(&store, host, &request).await).await;
         });
         Ok(())
     }
@@ -264,7 +265,7 @@ impl<'a> Incoming<'a> {
             tracing::warn!(
                 message_id,
                 "snapshot number {snapshot} from {} is refused: {reason}",
-                self.peer
+                self.sender.name
             );
         }
         if tell {
@@ -288,7 +289,7 @@ impl<'a> Incoming<'a> {
             message_id,
             criu_snapshot,
             "snapshot {id} from {} damaged: {reason}",
-            self.peer
+            self.sender.name
         );
     }
 

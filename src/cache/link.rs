@@ -10,6 +10,7 @@ use tracing::Instrument;
 
 use crate::config::CacheSettings;
 use crate::daemon::journal;
+use crate::store::Sender;
 use crate::sys::clock::host_name;
 use crate::sys::connected::{Peer, Stream};
 use crate::wire::frame::BadFrame;
@@ -84,7 +85,8 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
         let peer = format!("{name} ({address})");
         let _up = cache.links.add(&peer);
         tracing::info!(message_id = journal::LINK_UP, "link from {peer} is up");
-        run(cache, &settings, reader, writer, &peer).await
+        let sender = Sender { name: peer, host: address.host() };
+        run(cache, &settings, reader, writer, &sender).await
     }
     .instrument(span)
     .await
@@ -147,11 +149,12 @@ async fn run(
     settings: &CacheSettings,
     reader: Reader,
     writer: Writer,
-    peer: &str,
+    sender: &Sender,
 ) -> bool {
+    let peer = &sender.name;
     let (replies, queue) = mpsc::channel(ANSWERS);
     let limits = Limits { images: settings.store.max_images, snapshots: SNAPSHOTS };
-    let mut incoming = Incoming::new(cache, peer, limits, replies);
+    let mut incoming = Incoming::new(cache, sender, limits, replies);
     let mut answers = Answers::new(writer, queue, settings.link.keep_alive);
     let over = tokio::select! {
         over = incoming.receive(reader) => over,

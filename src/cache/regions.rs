@@ -1,5 +1,6 @@
 //! Parts of images that a proxy asks for: what a dump reads of its parents.
 
+use std::net::IpAddr;
 use std::rc::Rc;
 
 use rustix::io::Errno;
@@ -13,9 +14,9 @@ use super::answers::Answer;
 /// Why a region cannot be had.
 pub(super) type Refusal = (Errno, String);
 
-/// Answers a request, once the image that it asks for has ended.
-pub(super) async fn answer(store: &Store, asked: &RegionRequest) -> Answer {
-    match image(store, &asked.snapshot_id, &asked.name).await {
+/// Answers a request from `host`, once the image that it asks for has ended.
+pub(super) async fn answer(store: &Store, host: Option<IpAddr>, asked: &RegionRequest) -> Answer {
+    match image(store, host, &asked.snapshot_id, &asked.name).await {
         Ok(image) => {
             let size = image.len();
             let left = size.saturating_sub(asked.offset);
@@ -36,14 +37,19 @@ pub(super) async fn answer(store: &Store, asked: &RegionRequest) -> Answer {
 }
 
 /// The image of a snapshot that need not have ended itself; one that is still coming is waited for.
-async fn image(store: &Store, id: &str, name: &str) -> Result<Rc<Image>, Refusal> {
+async fn image(
+    store: &Store,
+    host: Option<IpAddr>,
+    id: &str,
+    name: &str,
+) -> Result<Rc<Image>, Refusal> {
     if name == PARENT {
-        let list = store.list_image(id).map_err(|errno| (errno, errno.to_string()))?;
+        let list = store.list_image(id, Some(host)).map_err(|errno| (errno, errno.to_string()))?;
         return list.ok_or_else(|| (Errno::NOENT, "the list is empty".to_owned()));
     }
     let mut changed = store.watch();
     loop {
-        let Some(image) = look(store, id, name)? else { return Err(missing(id, name)) };
+        let Some(image) = look(store, host, id, name)? else { return Err(missing(id, name)) };
         if image.is_whole() {
             return Ok(image);
         }
@@ -55,9 +61,16 @@ async fn image(store: &Store, id: &str, name: &str) -> Result<Rc<Image>, Refusal
     }
 }
 
-fn look(store: &Store, id: &str, name: &str) -> Result<Option<Rc<Image>>, Refusal> {
+/// What other hosts sent is not there for this one: it is the memory of their processes.
+fn look(
+    store: &Store,
+    host: Option<IpAddr>,
+    id: &str,
+    name: &str,
+) -> Result<Option<Rc<Image>>, Refusal> {
     store
         .find(id, |snapshot| match &snapshot.state {
+            _ if snapshot.sender.host != host => Ok(None),
             State::Damaged { reason, .. } => {
                 Err((Errno::IO, format!("snapshot {id} is damaged: {reason}")))
             }

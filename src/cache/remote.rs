@@ -153,7 +153,7 @@ impl Session {
         while !self.cache.store.list_is_settled(list) {
             let _ = changed.changed().await;
         }
-        let image = self.cache.store.list_image(list);
+        let image = self.cache.store.list_image(list, None);
         let image = image.map_err(|errno| (errno, errno.to_string()))?;
         image.ok_or_else(|| (Errno::NOENT, "the list is empty".to_owned()))
     }

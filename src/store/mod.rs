@@ -20,6 +20,7 @@ mod snapshot;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,7 @@ use tokio::sync::watch;
 pub use claim::{Claim, Unavailable};
 pub use image::Image;
 pub use quota::{Charge, Exhausted, Quota};
-pub use snapshot::{Counts, Images, Snapshot, State};
+pub use snapshot::{Counts, Images, Sender, Snapshot, State};
 
 use lists::Lists;
 
@@ -152,7 +153,7 @@ impl Store {
     pub fn expect(&self, id: &str, again: bool) -> Result<Key, Refused> {
         let key = match self.key_of(id) {
             Some(key) => key,
-            None => self.list(Snapshot::new(id, "", State::Awaited))?,
+            None => self.list(Snapshot::new(id, &Sender::default(), State::Awaited))?,
         };
         if !again && self.look(key, |known| matches!(known.state, State::Taken(_))) == Some(true) {
             return Err(Refused::Taken(id.to_owned()));
@@ -180,10 +181,10 @@ impl Store {
         }
     }
 
-    /// A snapshot begins to come from `peer`. An id that is awaited or spent is used (again).
-    pub fn begin(&self, id: &str, peer: &str) -> Result<Key, Refused> {
+    /// A snapshot begins to come. An id that is awaited or spent is used (again).
+    pub fn begin(&self, id: &str, sender: &Sender) -> Result<Key, Refused> {
         let Some(key) = self.key_of(id) else {
-            return self.list(Snapshot::new(id, peer, State::Receiving(Rc::default())));
+            return self.list(Snapshot::new(id, sender, State::Receiving(Rc::default())));
         };
         let refused = self.find(id, |known| match known.state {
             State::Receiving(_) => Some(Refused::UnderWay(id.to_owned())),
@@ -194,20 +195,21 @@ impl Store {
         if let Some(refused) = refused.flatten() {
             return Err(refused);
         }
-        self.update(key, |snapshot| snapshot.begin(peer));
+        self.update(key, |snapshot| snapshot.begin(sender));
         Ok(key)
     }
 
-    /// Appends a snapshot's id to a list.
+    /// Appends a snapshot's id to a list of the host that sends it.
     pub fn append_to_list(&self, key: Key, list: &str) -> Result<(), Refused> {
-        let id = self.look(key, |snapshot| snapshot.id.clone()).ok_or(Refused::Dropped)?;
+        let known = self.look(key, |snapshot| (snapshot.id.clone(), snapshot.sender.host));
+        let (id, host) = known.ok_or(Refused::Dropped)?;
         let mut lists = self.lists.borrow_mut();
         // A snapshot may stand in more lists than one, but not in any number of them.
         let limit = self.settings.borrow().max_snapshots;
         if lists.len() as u64 >= limit {
             return Err(Refused::ListsTooLong(limit));
         }
-        lists.append(list, &id);
+        lists.append(list, host, &id);
         drop(lists);
         self.changed.send_replace(());
         Ok(())
@@ -215,24 +217,30 @@ impl Store {
 
     /// The ids of a list, oldest first.
     pub fn list_ids(&self, list: &str) -> Vec<String> {
-        self.lists.borrow().ids(list).to_vec()
+        self.lists.borrow().ids(list)
     }
 
-    /// A list as an image; `None` while it is empty.
-    pub fn list_image(&self, list: &str) -> rustix::io::Result<Option<Rc<Image>>> {
+    /// A list as an image, of all hosts or of one; `None` while it is empty.
+    pub fn list_image(
+        &self,
+        list: &str,
+        host: Option<Option<IpAddr>>,
+    ) -> rustix::io::Result<Option<Rc<Image>>> {
         let lists = self.lists.borrow();
-        let ids = lists.ids(list);
+        let ids = match host {
+            Some(host) => lists.ids_of(list, host).to_vec(),
+            None => lists.ids(list),
+        };
         if ids.is_empty() {
             return Ok(None);
         }
-        let made = Image::made_of(PARENT, &encode_ids(ids), self.quota.nothing())?;
+        let made = Image::made_of(PARENT, &encode_ids(&ids), self.quota.nothing())?;
         Ok(Some(Rc::new(made)))
     }
 
     /// Whether a list has an id, and none of its snapshots is still coming.
     pub fn list_is_settled(&self, list: &str) -> bool {
-        let lists = self.lists.borrow();
-        let ids = lists.ids(list);
+        let ids = self.list_ids(list);
         let coming = |id: &String| {
             self.find(id, |found| matches!(found.state, State::Awaited | State::Receiving(_)))
         };

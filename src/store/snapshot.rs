@@ -1,6 +1,7 @@
 //! A snapshot: its state, and what of it exists in that state.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -39,13 +40,22 @@ pub enum State {
     },
 }
 
+/// Who sends snapshots: a peer on a link.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sender {
+    /// As it is shown.
+    pub name: String,
+    /// Its host; `None` for a unix socket. Only the host that sent a snapshot may read it back.
+    pub host: Option<IpAddr>,
+}
+
 /// A snapshot in the store.
 #[derive(Debug)]
 pub struct Snapshot {
     /// Its id.
     pub id: String,
     /// Who sends it.
-    pub peer: String,
+    pub sender: Sender,
     /// Its state.
     pub state: State,
     /// When its state last changed.
@@ -61,10 +71,10 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    pub(super) fn new(id: &str, peer: &str, state: State) -> Snapshot {
+    pub(super) fn new(id: &str, sender: &Sender, state: State) -> Snapshot {
         Snapshot {
             id: id.to_owned(),
-            peer: peer.to_owned(),
+            sender: sender.clone(),
             state,
             since: Instant::now(),
             begun_ms: now_ms(),
@@ -75,9 +85,9 @@ impl Snapshot {
     }
 
     /// Begins to come, or to come again.
-    pub(super) fn begin(&mut self, peer: &str) {
+    pub(super) fn begin(&mut self, sender: &Sender) {
         let (restores, reserved) = (self.restores, self.reserved);
-        let begun = Snapshot::new(&self.id, peer, State::Receiving(Rc::default()));
+        let begun = Snapshot::new(&self.id, sender, State::Receiving(Rc::default()));
         *self = Snapshot { restores, reserved, ..begun };
     }
 

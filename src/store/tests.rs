@@ -10,6 +10,10 @@ fn store(max_bytes: u64) -> Rc<Store> {
     Store::new(StoreSettings { max_bytes, quota_wait, ..StoreSettings::default() })
 }
 
+fn from(name: &str) -> Sender {
+    Sender { name: name.to_owned(), host: None }
+}
+
 async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) -> Result<(), Exhausted> {
     let image = store.begin_image(key, name, false).unwrap();
     store.charge(key, &image, bytes.len() as u64).await?;
@@ -20,7 +24,7 @@ async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) -> Result<(), Ex
 }
 
 async fn whole(store: &Rc<Store>, id: &str) -> Key {
-    let key = store.begin(id, "a").unwrap();
+    let key = store.begin(id, &from("a")).unwrap();
     add(store, key, "inventory.img", RECORDS).await.unwrap();
     store.complete(key, false).unwrap();
     key
@@ -48,7 +52,7 @@ fn reason(store: &Store, id: &str) -> String {
 #[tokio::test]
 async fn a_set_without_an_inventory_is_damaged_and_gives_its_bytes_back() {
     let store = store(1 << 20);
-    let key = store.begin("web", "a").unwrap();
+    let key = store.begin("web", &from("a")).unwrap();
     add(&store, key, "pages-1.img", &[7; 9000]).await.unwrap();
     assert_eq!(store.quota().used(), 12288);
     store.complete(key, false).unwrap_err();
@@ -66,13 +70,13 @@ async fn an_image_cut_short_or_not_ended_damages_its_snapshot() {
         ("inventory.img", &RECORDS[..8], "image inventory.img is cut short: it has no record"),
         ("inventory.img", &RECORDS[..3], "image inventory.img is cut short: it ends within"),
     ] {
-        let key = store.begin("web", "a").unwrap();
+        let key = store.begin("web", &from("a")).unwrap();
         add(&store, key, "inventory.img", RECORDS).await.unwrap();
         add(&store, key, name, bytes).await.unwrap();
         let said = store.complete(key, false).unwrap_err();
         assert!(said.starts_with(expected), "{said}");
     }
-    let key = store.begin("web", "a").unwrap();
+    let key = store.begin("web", &from("a")).unwrap();
     add(&store, key, "inventory.img", RECORDS).await.unwrap();
     store.begin_image(key, "core-7.img", false).unwrap();
     assert_eq!(store.complete(key, false).unwrap_err(), "image core-7.img has not ended");
@@ -81,7 +85,7 @@ async fn an_image_cut_short_or_not_ended_damages_its_snapshot() {
 #[tokio::test]
 async fn a_restore_waits_until_its_snapshot_is_whole() {
     let store = store(1 << 20);
-    let key = store.begin("web", "a").unwrap();
+    let key = store.begin("web", &from("a")).unwrap();
     let claim = store.claim_oldest().unwrap();
     assert!(store.claim_oldest().is_none(), "another restore waits for another snapshot");
     let early = tokio::time::timeout(Duration::from_millis(20), claim.images()).await;
@@ -96,7 +100,7 @@ async fn a_restore_waits_until_its_snapshot_is_whole() {
 #[tokio::test]
 async fn a_damaged_snapshot_is_refused_at_once_and_a_dropped_one_too() {
     let store = store(1 << 20);
-    let key = store.begin("web", "a").unwrap();
+    let key = store.begin("web", &from("a")).unwrap();
     let claim = store.claim_oldest().unwrap();
     store.fail(key, "the link broke");
     let refused = claim.images().await.unwrap_err().to_string();
@@ -120,13 +124,13 @@ async fn restores_take_the_oldest_first_and_each_its_own() {
 #[tokio::test]
 async fn an_id_in_use_is_refused_and_a_spent_one_is_used_again() {
     let store = store(1 << 20);
-    let key = store.begin("web", "a").unwrap();
-    assert_eq!(store.begin("web", "b"), Err(Refused::UnderWay("web".into())));
+    let key = store.begin("web", &from("a")).unwrap();
+    assert_eq!(store.begin("web", &from("b")), Err(Refused::UnderWay("web".into())));
     store.fail(key, "torn");
     whole(&store, "web").await;
-    assert_eq!(store.begin("web", "b"), Err(Refused::Exists("web".into())));
+    assert_eq!(store.begin("web", &from("b")), Err(Refused::Exists("web".into())));
     store.claim_oldest().unwrap().taken();
-    assert!(store.begin("web", "b").is_ok());
+    assert!(store.begin("web", &from("b")).is_ok());
 }
 
 #[tokio::test]
@@ -159,7 +163,7 @@ async fn what_was_taken_or_damaged_expires_as_configured() {
     drop(claim);
     assert_eq!(store.expire(later(2)), ["web"]);
 
-    let key = store.begin("db", "a").unwrap();
+    let key = store.begin("db", &from("a")).unwrap();
     store.fail(key, "torn");
     assert!(store.expire(later(10)).is_empty());
     assert_eq!(store.expire(later(3601)), ["db"]);
@@ -169,7 +173,7 @@ async fn what_was_taken_or_damaged_expires_as_configured() {
 async fn the_sender_waits_at_the_quota_until_bytes_are_freed() {
     let store = store(16384);
     whole(&store, "old").await;
-    let key = store.begin("new", "a").unwrap();
+    let key = store.begin("new", &from("a")).unwrap();
     let image = store.begin_image(key, "pages-1.img", false).unwrap();
     let free = async {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -186,7 +190,7 @@ async fn the_sender_waits_at_the_quota_until_bytes_are_freed() {
 async fn the_quota_is_exhausted_after_a_while_or_at_once_when_nothing_can_help() {
     let store = store(16384);
     whole(&store, "old").await;
-    let key = store.begin("new", "a").unwrap();
+    let key = store.begin("new", &from("a")).unwrap();
     let image = store.begin_image(key, "pages-1.img", false).unwrap();
     let late = store.charge(key, &image, 16384).await.unwrap_err();
     assert_eq!(
@@ -201,10 +205,10 @@ async fn the_quota_is_exhausted_after_a_while_or_at_once_when_nothing_can_help()
 #[tokio::test]
 async fn the_list_has_an_end() {
     let store = Store::new(StoreSettings { max_snapshots: 1, ..StoreSettings::default() });
-    let key = store.begin("one", "a").unwrap();
-    assert_eq!(store.begin("two", "a"), Err(Refused::TooMany(1)));
+    let key = store.begin("one", &from("a")).unwrap();
+    assert_eq!(store.begin("two", &from("a")), Err(Refused::TooMany(1)));
     store.fail(key, "torn");
-    assert!(store.begin("one", "a").is_ok(), "a spent entry makes room for its id");
+    assert!(store.begin("one", &from("a")).is_ok(), "a spent entry makes room for its id");
 }
 
 #[tokio::test]
@@ -229,7 +233,7 @@ async fn a_look_at_a_snapshot_keeps_no_restore_away() {
 #[tokio::test]
 async fn an_empty_image_is_charged_for_too() {
     let store = store(1 << 20);
-    let key = store.begin("web", "a").unwrap();
+    let key = store.begin("web", &from("a")).unwrap();
     let image = store.begin_image(key, "a.img", false).unwrap();
     store.charge(key, &image, 0).await.unwrap();
     assert_eq!(store.quota().used(), 4096);
@@ -240,13 +244,13 @@ async fn an_empty_image_is_charged_for_too() {
 #[tokio::test]
 async fn an_image_that_is_appended_to_goes_on_and_one_that_is_written_again_begins_anew() {
     let store = store(1 << 20);
-    let key = store.begin("web", "a").unwrap();
+    let key = store.begin("web", &from("a")).unwrap();
     add(&store, key, "a.img", b"one").await.unwrap();
     let image = store.begin_image(key, "a.img", true).unwrap();
     assert_eq!((image.len(), image.is_whole()), (3, false));
     assert_eq!(store.complete(key, true).unwrap_err(), "image a.img has not ended");
 
-    let key = store.begin("web", "a").unwrap();
+    let key = store.begin("web", &from("a")).unwrap();
     add(&store, key, "a.img", b"one").await.unwrap();
     assert_eq!(store.begin_image(key, "a.img", false).unwrap().len(), 0);
     assert_eq!(store.begin_image(key, "new.img", true).unwrap().len(), 0);
@@ -255,7 +259,7 @@ async fn an_image_that_is_appended_to_goes_on_and_one_that_is_written_again_begi
 #[tokio::test]
 async fn a_partial_snapshot_needs_no_inventory() {
     let store = store(1 << 20);
-    let key = store.begin("1", "a").unwrap();
+    let key = store.begin("1", &from("a")).unwrap();
     add(&store, key, "pages-1.img", &[7; 9000]).await.unwrap();
     store.complete(key, true).unwrap();
     assert_eq!(state(&store, "1"), "whole");
@@ -284,7 +288,7 @@ async fn a_restore_takes_the_parents_too_and_they_leave_the_list() {
 async fn the_lists_are_bounded() {
     let limits = StoreSettings { max_snapshots: 2, ..StoreSettings::default() };
     let store = Store::new(limits);
-    let key = store.begin("1", "a").unwrap();
+    let key = store.begin("1", &from("a")).unwrap();
     for list in ["a", "b"] {
         store.append_to_list(key, list).unwrap();
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::{Errno, ioctl_fionbio};
@@ -21,6 +21,14 @@ pub enum Peer {
 }
 
 impl Peer {
+    /// Its host, where that is not this one by a unix socket.
+    pub fn host(&self) -> Option<IpAddr> {
+        match self {
+            Peer::Tcp(address) => Some(address.ip()),
+            Peer::Unix => None,
+        }
+    }
+
     /// Whether what is sent to it stays on this machine.
     pub fn is_local(&self) -> bool {
         match self {
