@@ -28,6 +28,18 @@ const READ: u32 = 0;
 const WRITE: u32 = 1;
 const APPEND: u32 = 0o2000;
 
+/// The fields that a header cannot do without: decoding it takes one that is absent for an empty one,
+/// and an absent mode for a read.
+#[derive(Clone, PartialEq, Message)]
+struct Required {
+    #[prost(string, optional, tag = "1")]
+    name: Option<String>,
+    #[prost(string, optional, tag = "2")]
+    snapshot_id: Option<String>,
+    #[prost(uint32, optional, tag = "3")]
+    open_mode: Option<u32>,
+}
+
 /// What a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
@@ -118,8 +130,12 @@ impl Request {
     /// Decodes a header, without its length. With `historical` the endings of the old clients are
     /// understood.
     pub fn decode(message: &[u8], historical: bool) -> Result<Request, BadHeader> {
-        let header = LocalImageEntry::decode(message)
-            .map_err(|error| BadHeader::NotThat("local_image_entry", error.to_string()))?;
+        let not_that = |why| BadHeader::NotThat("local_image_entry", why);
+        let header =
+            LocalImageEntry::decode(message).map_err(|error| not_that(error.to_string()))?;
+        if let Some(field) = missing(message) {
+            return Err(not_that(format!("it has no {field}")));
+        }
         if historical {
             match historical::ending(&header.name, &header.snapshot_id, header.open_mode) {
                 Some(Side::Dump) => return Ok(Request::HistoricalEndOfDump),
@@ -272,6 +288,17 @@ pub fn encode_ids(ids: &[String]) -> Vec<u8> {
     ids.iter().flat_map(|id| encode_id(id)).collect()
 }
 
+/// The first field that a header lacks.
+fn missing(message: &[u8]) -> Option<&'static str> {
+    let Required { name, snapshot_id, open_mode } = Required::decode(message).unwrap_or_default();
+    let fields = [
+        (name.is_some(), "name"),
+        (snapshot_id.is_some(), "snapshot_id"),
+        (open_mode.is_some(), "open_mode"),
+    ];
+    fields.into_iter().find(|(there, _)| !there).map(|(_, field)| field)
+}
+
 fn with_len(message: &impl Message) -> Vec<u8> {
     let len = u32::try_from(message.encoded_len()).unwrap_or(u32::MAX);
     let mut bytes = len.to_le_bytes().to_vec();
@@ -333,6 +360,20 @@ mod tests {
         assert!(decode(b"\0\0\0\0\x0a\x7f").unwrap_err().to_string().contains("local_image_entry"));
         let long = message_len(16385u32.to_le_bytes(), HEADER_MAX).unwrap_err();
         assert_eq!(long.to_string(), "a message of 16385 bytes; at most 16384 are accepted");
+    }
+
+    #[test]
+    fn a_header_without_a_required_field_is_none() {
+        let refused = |bytes: &[u8]| Request::decode(bytes, true).unwrap_err().to_string();
+        for (bytes, field) in [
+            (&b""[..], "name"),
+            (b"\x12\x03web\x18\0", "name"),
+            (b"\x0a\x06parent\x18\0", "snapshot_id"),
+            (b"\x0a\0\x12\x03web\x80\x01\x01", "open_mode"),
+        ] {
+            let why = format!("local_image_entry: it has no {field}");
+            assert!(refused(bytes).ends_with(&why), "{bytes:?}");
+        }
     }
 
     #[test]
