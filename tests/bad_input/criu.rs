@@ -22,7 +22,7 @@ use crate::daemons::{Daemon, SOON};
 pub(crate) const RECORDS: &[u8] = b"\x19\x43\x56\x54\x16\x31\x31\x58\x00\x00\x00\x00";
 
 /// How long to look whether nothing comes, where nothing must.
-const A_WHILE: std::time::Duration = std::time::Duration::from_millis(150);
+pub(crate) const A_WHILE: std::time::Duration = std::time::Duration::from_millis(150);
 
 /// A CRIU run that is connected to a daemon.
 pub(crate) struct Criu {
@@ -77,13 +77,7 @@ impl Criu {
     }
 
     fn try_pass(&self, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() {
-            assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
-        }
-        sendmsg(&self.socket, &[IoSlice::new(&[0])], &mut control, SendFlags::NOSIGNAL)?;
-        Ok(())
+        pass(&self.socket, descriptors)
     }
 
     /// Opens an image for writing: a dump's request and its pipe.
@@ -165,6 +159,17 @@ impl Criu {
         assert_eq!(said.unwrap_err().kind(), ErrorKind::WouldBlock);
         self.socket.set_read_timeout(Some(SOON)).unwrap();
     }
+}
+
+/// Sends one byte, and with it any number of descriptors.
+pub(crate) fn pass(socket: &UnixStream, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+    }
+    sendmsg(socket, &[IoSlice::new(&[0])], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
 }
 
 /// A pipe that stays in this process: its read end, its write end.

@@ -159,9 +159,18 @@ impl Daemon {
 
     /// How much memory it takes, without that of images.
     pub(crate) fn resident_bytes(&self) -> u64 {
+        self.memory("RssAnon:")
+    }
+
+    /// How much memory it has ever asked for, whether it used it or not.
+    pub(crate) fn peak_bytes(&self) -> u64 {
+        self.memory("VmPeak:")
+    }
+
+    fn memory(&self, field: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let anon = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-        anon.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+        let kib = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
     /// A snapshot as `criu-imagectl show` has it.
@@ -209,6 +218,11 @@ impl Daemon {
             held == bytes
         });
         assert!(reached, "{held} bytes are held, not {bytes}\n{}", self.log.text());
+    }
+
+    /// How many sessions are under way.
+    pub(crate) fn sessions(&self) -> u64 {
+        self.control(async |client| client.status().await).unwrap().sessions
     }
 
     /// Drops a snapshot.

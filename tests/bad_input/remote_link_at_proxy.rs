@@ -1,0 +1,119 @@
+//! Caches that say what no cache says, or not now, about named snapshots and parts of images.
+
+use criu_image_relay::control::model::SnapshotState;
+use criu_image_relay::wire::message::{
+    ImageAck, ImageReady, Message, REGION_MAX, Region, RegionRequest, SnapshotAck, SnapshotReady,
+};
+use rustix::io::Errno;
+
+use crate::cache_standin::{CacheStandin, receive_until, receive_whole};
+use crate::criu::{Criu, RECORDS};
+use crate::daemons::Daemon;
+use crate::link::Link;
+use crate::remote::{Remote, end_of, read_of, unheard_write_of, write_of};
+
+/// A cache that says anything, and a writer whose image it has accepted.
+struct Stage {
+    standin: CacheStandin,
+    proxy: Daemon,
+    link: Link,
+    writer: Remote,
+}
+
+impl Stage {
+    fn set() -> Stage {
+        let standin = CacheStandin::listen();
+        let proxy = Daemon::proxy(standin.address(), &[]);
+        let mut writer = Remote::at_proxy(&proxy);
+        writer.ask(&write_of("web", "core-7.img"));
+        let mut link = standin.welcome();
+        receive_until(&mut link, |message| matches!(message, Message::ImageBegin(_)));
+        link.send(&Message::SnapshotReady(SnapshotReady { snapshot: 0 }));
+        link.send(&Message::ImageReady(ImageReady { snapshot: 0, image: 0 }));
+        writer.assert_done();
+        Stage { standin, proxy, link, writer }
+    }
+
+    /// Writes the image, and ends the snapshot.
+    #[track_caller]
+    fn complete(&mut self) {
+        self.writer.say(RECORDS);
+        self.writer.shut();
+        let ended = |message: &Message| matches!(message, Message::ImageEnd(_));
+        while !ended(&self.link.receive().expect("the image goes on").0) {}
+        self.link.send(&Message::ImageAck(ImageAck { snapshot: 0, image: 0, size: 12 }));
+        self.writer.assert_done();
+        let mut client = Remote::at_proxy(&self.proxy);
+        client.ask(&end_of("web"));
+        let ended = |message: &Message| matches!(message, Message::SnapshotEnd(_));
+        while !ended(&self.link.receive().expect("the snapshot goes on").0) {}
+        self.link.send(&Message::SnapshotAck(SnapshotAck { snapshot: 0, images: 1, bytes: 12 }));
+        client.assert_done();
+        self.proxy.assert_alive();
+    }
+
+    /// A client that reads an image, and the request that comes of it.
+    fn read(&mut self) -> (Remote, RegionRequest) {
+        let mut reader = Remote::at_proxy(&self.proxy);
+        reader.ask(&read_of("parent-1", "pages-1.img", false));
+        let asked = self.asked();
+        (reader, asked)
+    }
+
+    #[track_caller]
+    fn asked(&mut self) -> RegionRequest {
+        match self.link.receive() {
+            Some((Message::RegionRequest(request), _)) => request,
+            other => panic!("{other:?} instead of a request"),
+        }
+    }
+
+    /// The link has ended for that reason, and the next one is good.
+    #[track_caller]
+    fn assert_lost(mut self, cause: &str) {
+        self.writer.assert_refused(Errno::IO, &["snapshot web is damaged: the link to", cause]);
+        self.writer.assert_closed();
+        self.proxy.assert_log(&["link to", "lost with 1 snapshots under way", cause]);
+        assert!(self.proxy.assert_state("web", SnapshotState::Damaged).contains(cause));
+        self.proxy.assert_alive();
+        let mut fresh = Criu::in_dir_of("fresh", &self.proxy);
+        fresh.write("core-7.img", RECORDS);
+        fresh.complete();
+        receive_whole(&mut self.standin.welcome());
+        self.proxy.assert_log(&["snapshot fresh sent"]);
+    }
+}
+
+fn region(request: u32, error: u32, size: u64) -> Message {
+    Message::Region(Region { request, error, reason: String::new(), size })
+}
+
+#[test]
+fn answers_that_nobody_waits_for_are_passed_over() {
+    let mut stage = Stage::set();
+    for number in [0, 1, 7, u32::MAX] {
+        let (snapshot, image) = (number, number);
+        stage.link.send(&Message::SnapshotReady(SnapshotReady { snapshot }));
+        stage.link.send(&Message::ImageReady(ImageReady { snapshot, image }));
+        stage.link.send(&Message::ImageReady(ImageReady { snapshot: 0, image }));
+        stage.link.send(&Message::ImageAck(ImageAck { snapshot, image: 9, size: number.into() }));
+        stage.link.send_payload(&region(number, 0, 5), b"bytes");
+        stage.link.send(&region(number, 2, 0));
+        stage.link.send_payload(&region(number, 0, 1 << 20), &vec![7; REGION_MAX]);
+    }
+    stage.complete();
+}
+
+#[test]
+fn a_region_over_the_limit_ends_its_link() {
+    let mut stage = Stage::set();
+    stage.link.say(&region(0, 0, 1 << 20).encode(REGION_MAX + 1));
+    stage.assert_lost("a REGION with a payload of 262145 bytes");
+}
+
+#[test]
+fn what_only_a_proxy_says_ends_its_link() {
+    let mut stage = Stage::set();
+    stage.link.send(&Message::RegionRequest(RegionRequest::default()));
+    stage.assert_lost("the cache broke the protocol: a REGION_REQUEST out of order");
+}

@@ -1,0 +1,97 @@
+//! Readers that go away, never read or hand over something that cannot be written to: each ends its
+//! own read, and the snapshot stays.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+
+use crate::criu::{Criu, RECORDS, pipe};
+use crate::daemons::{Daemon, Settings, eventually};
+use crate::hosts::Hosts;
+use crate::remote::{Connect, Remote, Stage, begin, end, read_of, whole};
+
+/// More than the buffers on the way hold.
+fn large() -> Vec<u8> {
+    (0..3_000_000u32).map(|i| (i % 249).to_le_bytes()[0]).collect()
+}
+
+/// A client of each daemon.
+fn both(hosts: &Hosts) -> [(&Daemon, Connect); 2] {
+    [(&hosts.proxy, Remote::at_proxy), (&hosts.cache, Remote::at_cache)]
+}
+
+fn stage(proxy: Settings<'_>, cache: Settings<'_>) -> Stage {
+    let stage = Stage::with(proxy, cache);
+    whole(&stage.hosts.proxy, "web", "pages-1.img", &large());
+    stage
+}
+
+#[track_caller]
+fn assert_served(hosts: &Hosts) {
+    for (daemon, connect) in both(hosts) {
+        let read = connect(daemon).read("web", "pages-1.img").unwrap();
+        assert!(read == large(), "{} bytes were read", read.len());
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_its_own_read_only() {
+    let stage = stage(&[], &[]);
+    for (daemon, connect) in both(&stage.hosts) {
+        let mut gone = connect(daemon);
+        gone.ask(&read_of("web", "pages-1.img", false));
+        assert_eq!(gone.reply().size, Some(3_000_000));
+        drop(gone);
+        // A pipe that is closed early ends that read; the next comes on the same connection.
+        let mut client = connect(daemon);
+        for _ in 0..2 {
+            client.ask(&read_of("web", "pages-1.img", true));
+            assert_eq!(client.reply().size, Some(3_000_000));
+            client.take().read_exact(&mut [0; 1000]).unwrap();
+        }
+        client.ask(&read_of("web", "pages-1.img", true));
+        assert_eq!(client.reply().size, Some(3_000_000));
+        let mut bytes = Vec::new();
+        client.take().read_to_end(&mut bytes).unwrap();
+        assert!(bytes == large(), "{} bytes were read", bytes.len());
+        // One that has said where to does not have to stay.
+        client.ask(&read_of("web", "pages-1.img", true));
+        assert_eq!(client.reply().size, Some(3_000_000));
+        let mut pages = client.take();
+        drop(client);
+        assert_eq!(pages.read_to_end(&mut bytes).unwrap(), 3_000_000);
+        assert_eq!(daemon.count_log("ended"), 0);
+    }
+    assert_served(&stage.hosts);
+    stage.assert_undisturbed();
+}
+
+#[test]
+fn wrong_descriptors_end_the_read_that_they_came_for() {
+    let patience = [("sessions.request-timeout", "\"200ms\"")];
+    let stage = stage(&patience, &patience);
+    let (read_end, write_end) = pipe();
+    let file = File::open("/proc/self/exe").unwrap();
+    for (daemon, connect) in both(&stage.hosts) {
+        for (descriptors, cause) in [
+            (&[][..], "no descriptor passed with the request"),
+            (&[write_end.as_fd(), write_end.as_fd()], "more than one descriptor passed"),
+            (&[read_end.as_fd()], "is the read end of a pipe, not the write end"),
+            (&[file.as_fd()], "the descriptor passed is a regular file"),
+        ] {
+            let mut client = connect(daemon);
+            client.ask(&read_of("web", "pages-1.img", true));
+            client.reply();
+            client.pass(descriptors);
+            client.assert_closed();
+            daemon.assert_log(&["WARN", &Criu::peer(), "image pages-1.img: ", cause]);
+        }
+        let mut late = connect(daemon);
+        late.ask(&read_of("web", "pages-1.img", true));
+        late.reply();
+        late.assert_closed();
+        daemon.assert_log(&["WARN", &Criu::peer(), "pages-1.img: ", "did not come within 200ms"]);
+    }
+    assert_served(&stage.hosts);
+    stage.assert_undisturbed();
+}
