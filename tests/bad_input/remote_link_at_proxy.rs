@@ -117,3 +117,18 @@ fn what_only_a_proxy_says_ends_its_link() {
     stage.link.send(&Message::RegionRequest(RegionRequest::default()));
     stage.assert_lost("the cache broke the protocol: a REGION_REQUEST out of order");
 }
+
+#[test]
+fn an_errno_that_is_none_is_an_input_output_error() {
+    let mut stage = Stage::set();
+    for error in [4096, 5000, 0x1_0002, 0x8000_0000, u32::MAX] {
+        let (mut reader, asked) = stage.read();
+        stage.link.send(&region(asked.request, error, 0));
+        reader.assert_refused(Errno::IO, &[]);
+        reader.assert_closed();
+    }
+    let (mut reader, asked) = stage.read();
+    stage.link.send(&region(asked.request, 116, 0));
+    reader.assert_refused(Errno::STALE, &[]);
+    stage.complete();
+}

@@ -67,9 +67,14 @@ async fn piece(
     let (region, bytes) = answer.ok_or_else(|| Refusal::failed("the link to the cache broke"))?;
     match region.error {
         0 => Ok((region.size, bytes)),
-        error => {
-            let errno = i32::try_from(error).map_or(Errno::IO, Errno::from_raw_os_error);
-            Err(Refusal::new(errno, region.reason))
-        }
+        error => Err(Refusal::new(errno_of(error), region.reason)),
+    }
+}
+
+/// The errno that a cache names. Linux has none beyond 4095, and rustix panics on what is none.
+fn errno_of(error: u32) -> Errno {
+    match i32::try_from(error) {
+        Ok(known @ 1..=4095) => Errno::from_raw_os_error(known),
+        _ => Errno::IO,
     }
 }
