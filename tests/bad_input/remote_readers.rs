@@ -95,3 +95,21 @@ fn wrong_descriptors_end_the_read_that_they_came_for() {
     assert_served(&stage.hosts);
     stage.assert_undisturbed();
 }
+
+#[test]
+fn a_client_that_does_not_read_its_replies_is_given_up() {
+    let patience = [("sessions.request-timeout", "\"200ms\"")];
+    let stage = stage(&patience, &patience);
+    for (daemon, connect) in both(&stage.hosts) {
+        let mut deaf = connect(daemon);
+        let missing = read_of("web", &"n".repeat(4000), false).encode();
+        let mut asked = 0;
+        while deaf.try_say(&missing) {
+            asked += 1;
+            assert!(asked < 10_000, "it is served on and on");
+        }
+        daemon.assert_log(&["WARN", "the session of a client", &Criu::peer(), "within 200ms"]);
+    }
+    assert_served(&stage.hosts);
+    stage.assert_undisturbed();
+}

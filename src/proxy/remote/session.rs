@@ -106,7 +106,7 @@ impl Session {
                 Ok(None) => return,
                 Ok(Some(task)) => self.perform(task).await,
                 Err(bad) => {
-                    self.reply_refused(&refusal_of(&bad)).await;
+                    let _ = self.reply_refused(&refusal_of(&bad)).await;
                     Err(bad.into())
                 }
             };
@@ -156,7 +156,7 @@ impl Session {
             }
             Task::Refused { refusal, listens } => {
                 if listens {
-                    self.reply_refused(&refusal).await;
+                    self.reply_refused(&refusal).await?;
                 }
                 if refusal.errno == Errno::NOENT { Ok(true) } else { Err(refusal.into()) }
             }
@@ -166,13 +166,14 @@ impl Session {
     /// Tells the client of what failed, if it listens.
     async fn concluded(&self, result: Result<(), Refusal>, listens: bool) -> Result<(), Ended> {
         if let (Err(refusal), true) = (&result, listens) {
-            self.reply_refused(refusal).await;
+            // The connection ends in any case.
+            let _ = self.reply_refused(refusal).await;
         }
         Ok(result?)
     }
 
-    async fn reply_refused(&self, refusal: &Refusal) {
-        let _ = self.client.reply(&Reply::refused(refusal.errno, &refusal.reason)).await;
+    async fn reply_refused(&self, refusal: &Refusal) -> Result<(), BadClient> {
+        self.client.reply(&Reply::refused(refusal.errno, &refusal.reason)).await
     }
 
     async fn write(
@@ -297,7 +298,7 @@ impl Session {
                 Ok(through_pipe)
             }
             Err(refusal) => {
-                self.reply_refused(&refusal).await;
+                self.reply_refused(&refusal).await?;
                 if refusal.errno == Errno::NOENT { Ok(true) } else { Err(refusal.into()) }
             }
         }
