@@ -67,6 +67,31 @@ fn a_reader_that_goes_away_ends_its_own_read_only() {
 }
 
 #[test]
+fn a_reader_that_never_reads_is_given_up() {
+    let stall = [("sessions.stall-timeout", "\"300ms\"")];
+    let hosts = Hosts::with(&stall, &stall);
+    whole(&hosts.proxy, "web", "pages-1.img", &large());
+    for (daemon, connect) in both(&hosts) {
+        let mut on_socket = connect(daemon);
+        on_socket.ask(&read_of("web", "pages-1.img", false));
+        on_socket.reply();
+        let mut through_pipe = connect(daemon);
+        through_pipe.ask(&read_of("web", "pages-1.img", true));
+        through_pipe.reply();
+        let mut pages = through_pipe.take();
+        through_pipe.assert_closed();
+        let given_up = || daemon.count_log("images pages-1.img were not read for 300ms");
+        assert!(eventually(|| given_up() == 2), "{} of 2 are given up", given_up());
+        daemon.assert_log(&["WARN", &Criu::peer(), "pages-1.img were not read for 300ms"]);
+        // What it was told, and what it gets.
+        assert!(on_socket.rest().len() < 3_000_000);
+        let mut bytes = Vec::new();
+        assert!(pages.read_to_end(&mut bytes).unwrap() < 3_000_000);
+    }
+    assert_served(&hosts);
+}
+
+#[test]
 fn wrong_descriptors_end_the_read_that_they_came_for() {
     let patience = [("sessions.request-timeout", "\"200ms\"")];
     let stage = stage(&patience, &patience);

@@ -1,14 +1,17 @@
 //! Reading back at the source: a dump looks at its parents, which the cache has.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use rustix::io::Errno;
+use tokio::time::timeout;
 
 use super::Refusal;
 use crate::criu::remote::Reply;
 use crate::daemon::remote::{BadClient, Client};
 use crate::proxy::Proxy;
 use crate::proxy::connection::Connection;
+use crate::sys::pipe::DEFAULT_CAPACITY;
 use crate::wire::message::REGION_MAX;
 
 /// What is read in one piece, in bytes.
@@ -35,16 +38,30 @@ pub(super) async fn find(proxy: &Proxy, snapshot: &str, name: &str) -> Result<Fo
 }
 
 impl Found {
-    /// Sends it to the client.
-    pub(super) async fn send(self, client: &Client, through_pipe: bool) -> Result<(), BadClient> {
+    /// Sends it to the client, which may take `patience` for each part.
+    pub(super) async fn send(
+        self,
+        client: &Client,
+        through_pipe: bool,
+        patience: Duration,
+    ) -> Result<(), BadClient> {
         client.reply(&Reply::found(self.size)).await?;
         let sink = client.sink(&self.name, through_pipe).await?;
         let mut bytes = self.first;
         let mut sent = 0;
         loop {
-            if let Err(error) = sink.write_all(&bytes).await {
-                tracing::debug!("image {} was not read to its end: {error}", self.name);
-                return Ok(());
+            for part in bytes.chunks(DEFAULT_CAPACITY) {
+                match timeout(patience, sink.write_all(part)).await {
+                    Err(_) => {
+                        let why = format!("images {} were not read for {patience:?}", self.name);
+                        return Err(io::Error::other(why).into());
+                    }
+                    Ok(Err(error)) => {
+                        tracing::debug!("image {} was not read to its end: {error}", self.name);
+                        return Ok(());
+                    }
+                    Ok(Ok(())) => {}
+                }
             }
             sent += bytes.len() as u64;
             if sent >= self.size || bytes.is_empty() {

@@ -294,7 +294,8 @@ impl Session {
     async fn read(&self, snapshot: &str, name: &str, through_pipe: bool) -> Result<bool, Ended> {
         match read::find(&self.proxy, snapshot, name).await {
             Ok(found) => {
-                found.send(&self.client, through_pipe).await?;
+                let patience = self.settings.sessions.stall_timeout;
+                found.send(&self.client, through_pipe, patience).await?;
                 Ok(through_pipe)
             }
             Err(refusal) => {
