@@ -92,6 +92,33 @@ fn a_reader_that_never_reads_is_given_up() {
 }
 
 #[test]
+fn a_reader_that_leaves_while_it_waits_is_waited_for_no_longer() {
+    let stage = Stage::set();
+    let (proxy, cache) = (&stage.hosts.proxy, &stage.hosts.cache);
+    let mut writer = begin(proxy, "web", "core-7.img");
+    let before = (proxy.sessions(), cache.sessions());
+    for (daemon, connect, before) in
+        [(proxy, Remote::at_proxy as Connect, before.0), (cache, Remote::at_cache, before.1)]
+    {
+        for _ in 0..3 {
+            let mut reader = connect(daemon);
+            reader.ask(&read_of("web", "core-7.img", false));
+            assert!(eventually(|| daemon.sessions() == before + 1));
+            drop(reader);
+            let left = eventually(|| daemon.sessions() == before);
+            assert!(left, "{} sessions instead of {before}", daemon.sessions());
+        }
+        daemon.assert_log(&["a client", &Criu::peer(), "left while it waited"]);
+    }
+    writer.say(RECORDS);
+    writer.shut();
+    writer.assert_done();
+    assert_eq!(end(proxy, "web").error, 0);
+    assert_eq!(Remote::at_cache(cache).read("web", "core-7.img").unwrap(), RECORDS);
+    stage.assert_undisturbed();
+}
+
+#[test]
 fn wrong_descriptors_end_the_read_that_they_came_for() {
     let patience = [("sessions.request-timeout", "\"200ms\"")];
     let stage = stage(&patience, &patience);

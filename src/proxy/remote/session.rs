@@ -7,13 +7,14 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tracing::Instrument;
 
+use super::read::Found;
 use super::snapshot::{Snapshot, Writing};
 use super::{Appending, Refusal, read};
 use crate::config::{ProxySettings, Reads};
 use crate::criu::remote::{PARENT, Reply, Request};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
-use crate::daemon::sessions::{BadSession, Peer};
+use crate::daemon::sessions::{BadSession, Peer, closed};
 use crate::proxy::Proxy;
 use crate::proxy::failure::Failure;
 use crate::proxy::forward::Forward;
@@ -61,6 +62,8 @@ enum Ended {
     Client(#[from] BadClient),
     #[error("{0}")]
     Refused(#[from] Refusal),
+    #[error("it left while it waited")]
+    Left,
 }
 
 /// Serves one client. The part before the future is done when the client is accepted: what has come of
@@ -132,14 +135,20 @@ impl Session {
             }
             Task::Read { snapshot, name, pipe } => {
                 let through_pipe = pipe.unwrap_or(self.settings.remote.reads == Reads::Pipe);
-                if let Some(writing) = self.proxy.remote.find(&snapshot) {
-                    writing.image_ended(&name).await;
-                }
-                self.read(&snapshot, &name, through_pipe).await
+                let find = async {
+                    if let Some(writing) = self.proxy.remote.find(&snapshot) {
+                        writing.image_ended(&name).await;
+                    }
+                    read::find(&self.proxy, &snapshot, &name).await
+                };
+                self.read(find, through_pipe).await
             }
             Task::ReadList { list, pipe } => {
-                self.proxy.remote.appended(&list).await;
-                self.read(&list, PARENT, pipe).await
+                let find = async {
+                    self.proxy.remote.appended(&list).await;
+                    read::find(&self.proxy, &list, PARENT).await
+                };
+                self.read(find, pipe).await
             }
             Task::End { snapshot, images, acknowledge } => {
                 let finished = snapshot.finish(&self.proxy, images, true).await;
@@ -291,8 +300,17 @@ impl Session {
         Ok(())
     }
 
-    async fn read(&self, snapshot: &str, name: &str, through_pipe: bool) -> Result<bool, Ended> {
-        match read::find(&self.proxy, snapshot, name).await {
+    /// Waits as long as the client does, and sends what was found.
+    async fn read(
+        &self,
+        find: impl Future<Output = Result<Found, Refusal>>,
+        through_pipe: bool,
+    ) -> Result<bool, Ended> {
+        let found = tokio::select! {
+            found = find => found,
+            () = closed(self.client.socket()) => return Err(Ended::Left),
+        };
+        match found {
             Ok(found) => {
                 let patience = self.settings.sessions.stall_timeout;
                 found.send(&self.client, through_pipe, patience).await?;
@@ -388,6 +406,8 @@ fn tell(peer: Peer, ended: &Ended) {
         Ended::Refused(Refusal { errno: Errno::IO, .. }) => {
             tracing::debug!("the session of a client, {peer}, ended: {ended}");
         }
+        // Not its fault.
+        Ended::Left => tracing::info!("a client, {peer}, left while it waited"),
         Ended::Refused(refusal) if refusal.errno != Errno::INVAL => {
             tracing::info!("a client, {peer}, was refused: {ended}");
         }
