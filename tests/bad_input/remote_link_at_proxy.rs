@@ -119,6 +119,18 @@ fn what_only_a_proxy_says_ends_its_link() {
 }
 
 #[test]
+fn a_region_with_more_bytes_than_the_image_has_is_no_image() {
+    let mut stage = Stage::set();
+    for size in [0, 1, 4] {
+        let (mut reader, asked) = stage.read();
+        stage.link.send_payload(&region(asked.request, 0, size), b"bytes");
+        reader.assert_refused(Errno::IO, &["pages-1.img", "the cache"]);
+        reader.assert_closed();
+    }
+    stage.complete();
+}
+
+#[test]
 fn an_errno_that_is_none_is_an_input_output_error() {
     let mut stage = Stage::set();
     for error in [4096, 5000, 0x1_0002, 0x8000_0000, u32::MAX] {
@@ -130,5 +142,22 @@ fn an_errno_that_is_none_is_an_input_output_error() {
     let (mut reader, asked) = stage.read();
     stage.link.send(&region(asked.request, 116, 0));
     reader.assert_refused(Errno::STALE, &[]);
+    stage.complete();
+}
+
+#[test]
+fn an_image_that_becomes_shorter_while_it_is_read_ends_its_read() {
+    let mut stage = Stage::set();
+    let (mut reader, asked) = stage.read();
+    stage.link.send_payload(&region(asked.request, 0, 1 << 20), &vec![7; REGION_MAX]);
+    assert_eq!(reader.reply().size, Some(1 << 20));
+    let mut first = vec![0; REGION_MAX];
+    reader.read_exactly(&mut first);
+    let next = stage.asked();
+    assert_eq!(next.offset, REGION_MAX as u64);
+    stage.link.send(&region(next.request, 0, 10));
+    assert_eq!(reader.rest(), b"");
+    let cause = "image pages-1.img was replaced while it was read";
+    stage.proxy.assert_log(&["WARN", "the session of a client", &Criu::peer(), cause]);
     stage.complete();
 }

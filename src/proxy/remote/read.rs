@@ -1,5 +1,6 @@
 //! Reading back at the source: a dump looks at its parents, which the cache has.
 
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -68,7 +69,12 @@ impl Found {
                 return Ok(());
             }
             let next = piece(&self.connection, &self.snapshot, &self.name, sent).await;
-            bytes = next.map_err(|refusal| std::io::Error::other(refusal.reason))?.1;
+            let (size, next) = next.map_err(|refusal| io::Error::other(refusal.reason))?;
+            if size != self.size {
+                let why = format!("image {} was replaced while it was read", self.name);
+                return Err(io::Error::other(why).into());
+            }
+            bytes = next;
         }
     }
 }
@@ -83,6 +89,9 @@ async fn piece(
     let answer = connection.region(snapshot, name, offset, PIECE).await;
     let (region, bytes) = answer.ok_or_else(|| Refusal::failed("the link to the cache broke"))?;
     match region.error {
+        0 if bytes.len() as u64 > region.size.saturating_sub(offset) => {
+            Err(Refusal::failed(format!("the cache sent more of image {name} than there is")))
+        }
         0 => Ok((region.size, bytes)),
         error => Err(Refusal::new(errno_of(error), region.reason)),
     }
