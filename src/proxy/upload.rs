@@ -120,7 +120,14 @@ impl Upload {
         let (moved, outcome) = oneshot::channel();
         let (snapshot, source) = (self.snapshot, source.clone());
         self.connection.tell(Command::Chunk { snapshot, image, source, moved }).await;
-        outcome.await.unwrap_or_else(|_| Err(io::ErrorKind::ConnectionAborted.into()))
+        match outcome.await {
+            Ok(outcome) => outcome,
+            // The connection has broken. Whoever waits for the snapshot's fate tells why.
+            Err(_) => match self.fate().await {
+                Fate::Lost(_) => std::future::pending().await,
+                _ => Err(io::ErrorKind::ConnectionAborted.into()),
+            },
+        }
     }
 
     /// Ends an image.

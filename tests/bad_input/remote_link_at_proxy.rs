@@ -161,3 +161,23 @@ fn an_image_that_becomes_shorter_while_it_is_read_ends_its_read() {
     stage.proxy.assert_log(&["WARN", "the session of a client", &Criu::peer(), cause]);
     stage.complete();
 }
+
+/// A chunk that is on its way when the link breaks is not what went wrong.
+#[test]
+fn a_link_cut_while_bytes_are_on_their_way_is_the_reason_that_is_told() {
+    let mut stage = Stage::set();
+    let mut full = Remote::at_proxy(&stage.proxy);
+    full.ask(&unheard_write_of("web", "pages-1.img"));
+    let pages = full.create();
+    // More than all the buffers on the way hold, from a writer that does not mind.
+    let writing = std::thread::spawn(move || {
+        let (mut pages, part) = (pages, vec![7; 1 << 20]);
+        while std::io::Write::write_all(&mut pages, &part).is_ok() {}
+    });
+    let come = |message: &Message| matches!(message, Message::ImageData(_));
+    while !come(&stage.link.receive().expect("the image goes on").0) {}
+    full.assert_waits();
+    stage.link.shut(std::net::Shutdown::Both);
+    writing.join().unwrap();
+    stage.assert_lost("the peer closed the connection");
+}
