@@ -155,6 +155,10 @@ impl Upload {
         limit: Duration,
         sent: (u64, u64),
     ) -> Result<(), Failure> {
+        let early = self.fate.borrow().clone();
+        if matches!(early, Fate::Acknowledged { .. }) {
+            return Err(lost(early));
+        }
         self.end(partial).await;
         match timeout(limit, self.fate()).await {
             Err(_) => Err(Failure::Lost(format!("no acknowledgement within {limit:?}"))),

@@ -162,6 +162,22 @@ fn an_image_that_becomes_shorter_while_it_is_read_ends_its_read() {
     stage.complete();
 }
 
+#[test]
+fn an_acknowledgement_before_the_end_damages_its_snapshot() {
+    let mut stage = Stage::set();
+    stage.link.send(&Message::SnapshotAck(SnapshotAck { snapshot: 0, images: 1, bytes: 12 }));
+    stage.writer.say(RECORDS);
+    stage.writer.shut();
+    let ended = |message: &Message| matches!(message, Message::ImageEnd(_));
+    while !ended(&stage.link.receive().expect("the image goes on").0) {}
+    stage.link.send(&Message::ImageAck(ImageAck { snapshot: 0, image: 0, size: 12 }));
+    stage.writer.assert_done();
+    let mut client = Remote::at_proxy(&stage.proxy);
+    client.ask(&end_of("web"));
+    client.assert_refused(Errno::IO, &["the cache acknowledged it too early"]);
+    stage.proxy.assert_state("web", SnapshotState::Damaged);
+}
+
 /// A chunk that is on its way when the link breaks is not what went wrong.
 #[test]
 fn a_link_cut_while_bytes_are_on_their_way_is_the_reason_that_is_told() {
