@@ -250,3 +250,30 @@ fn an_unacknowledged_image_of_records_cut_within_one_is_damaged_at_the_end() {
     }
     stage.assert_undisturbed();
 }
+
+#[test]
+fn wrong_descriptors_damage_the_snapshot_that_they_were_to_be_written_to() {
+    let stage = Stage::set();
+    let (read_end, write_end) = pipe();
+    let file = File::open("/proc/self/exe").unwrap();
+    for (id, descriptors, cause) in [
+        ("two", &[read_end.as_fd(), read_end.as_fd()][..], "more than one descriptor passed"),
+        ("end", &[write_end.as_fd()], "is the write end of a pipe, not the read end"),
+        ("file", &[file.as_fd()], "the descriptor passed is a regular file"),
+    ] {
+        let mut writer = begin(&stage.hosts.proxy, id, "core-7.img");
+        writer.pass(descriptors);
+        let reply = writer.reply();
+        assert!(reply.reason.starts_with("image core-7.img: "), "{reply:?}");
+        assert_eq!(reply.reason.matches("image core-7.img").count(), 1, "{reply:?}");
+        writer.assert_closed();
+        stage.assert_damaged(id, cause);
+        let unheard_id = format!("unheard-{id}");
+        let mut unheard = Remote::at_proxy(&stage.hosts.proxy);
+        unheard.ask(&unheard_write_of(&unheard_id, "core-7.img"));
+        unheard.pass(descriptors);
+        unheard.assert_closed();
+        stage.assert_damaged(&unheard_id, cause);
+    }
+    stage.assert_undisturbed();
+}

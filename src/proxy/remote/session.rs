@@ -228,7 +228,7 @@ impl Session {
         snapshot.record.begin_image(name, append);
         if acknowledge {
             hear(&mut told, Told::Ready).await?;
-            self.client.reply(&Reply::done()).await.map_err(|bad| damaged(name, &bad))?;
+            self.client.reply(&Reply::done()).await.map_err(|bad| damaged(name, bad))?;
         }
         let source = Rc::new(self.source(snapshot, name).await?);
         let forward = Forward {
@@ -259,7 +259,7 @@ impl Session {
         let limit = self.settings.sessions.stall_timeout;
         loop {
             match timeout(limit, self.client.source(name)).await {
-                Ok(source) => return source.map_err(|bad| damaged(name, &bad)),
+                Ok(source) => return source.map_err(|bad| damaged(name, bad)),
                 Err(_) if snapshot.written.get().elapsed() < limit => {}
                 Err(_) => {
                     let cause = format!("nothing was written for {limit:?}");
@@ -386,8 +386,12 @@ async fn hear(
     Err(Failure::Lost("the link to the cache broke".to_owned()))
 }
 
-fn damaged(name: &str, bad: &BadClient) -> Failure {
-    Failure::Image { name: name.to_owned(), cause: bad.to_string() }
+fn damaged(name: &str, bad: BadClient) -> Failure {
+    match bad {
+        // It names the image itself.
+        BadClient::Session(bad @ BadSession::Pipe { .. }) => bad.into(),
+        bad => Failure::Image { name: name.to_owned(), cause: bad.to_string() },
+    }
 }
 
 fn refusal_of(bad: &BadClient) -> Refusal {
