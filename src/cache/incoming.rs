@@ -17,14 +17,12 @@ use crate::daemon::sessions::Session;
 use crate::store::{Image, Key, Sender, Store};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
-    ImageAck, ImageReady, Message, RegionRequest, SnapshotAck, SnapshotReady,
+    ImageAck, ImageReady, Message, REGIONS_MAX, RegionRequest, SnapshotAck, SnapshotReady,
 };
 use crate::wire::receiver::{Action, Limits, Receiver};
 
 /// Why a snapshot ends that is not listed any more.
 const DROPPED: &str = "it was dropped by the operator";
-/// Regions that a proxy waits for at once.
-const REGIONS: usize = 1024;
 
 /// The incoming direction.
 pub(super) struct Incoming<'a> {
@@ -174,8 +172,9 @@ impl<'a> Incoming<'a> {
     /// may have come.
     fn region(&mut self, request: RegionRequest) -> Result<(), Over> {
         while self.regions.try_join_next().is_some() {}
-        if self.regions.len() >= REGIONS {
-            return Err(Over::Refused(format!("it waits for more than {REGIONS} regions at once")));
+        if self.regions.len() >= REGIONS_MAX {
+            let why = format!("it waits for more than {REGIONS_MAX} regions at once");
+            return Err(Over::Refused(why));
         }
         let (store, replies) = (self.cache.store.clone(), self.replies.clone());
         let host = self.sender.host;

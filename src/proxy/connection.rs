@@ -4,15 +4,16 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::{interval, timeout};
 
 use super::upload::{Chunk, Fate, Told, Upload};
 use crate::config::LinkSettings;
 use crate::sys::ends::Source;
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{KeepAlive, Message, Region, RegionRequest};
+use crate::wire::message::{KeepAlive, Message, REGIONS_MAX, Region, RegionRequest};
 use crate::wire::sender::{Said, Sender, said};
 
 /// How many commands may wait for the lane. Each image has at most one chunk under way.
@@ -66,7 +67,15 @@ struct Waiting {
     ready: HashMap<u32, watch::Sender<u64>>,
     /// The images whose writers want to know.
     images: HashMap<(u32, u32), mpsc::UnboundedSender<Told>>,
-    regions: HashMap<u32, oneshot::Sender<(Region, Vec<u8>)>>,
+    regions: HashMap<u32, Asked>,
+}
+
+/// A region that was asked for. It counts until the cache has answered, whether or not somebody still
+/// waits for it.
+#[derive(Debug)]
+struct Asked {
+    answer: oneshot::Sender<(Region, Vec<u8>)>,
+    _counts: OwnedSemaphorePermit,
 }
 
 /// A link that is up. Snapshots share it.
@@ -76,6 +85,7 @@ pub struct Connection {
     waiting: RefCell<Waiting>,
     next: Cell<u32>,
     next_region: Cell<u32>,
+    regions: Arc<Semaphore>,
     closed: Cell<bool>,
 }
 
@@ -93,6 +103,7 @@ impl Connection {
             waiting: RefCell::default(),
             next: Cell::new(0),
             next_region: Cell::new(0),
+            regions: Arc::new(Semaphore::new(REGIONS_MAX)),
             closed: Cell::new(false),
         });
         let shared = connection.clone();
@@ -121,7 +132,8 @@ impl Connection {
         upload
     }
 
-    /// Asks for a part of an image that the cache has. `None` when the link breaks meanwhile.
+    /// Asks for a part of an image that the cache has, when not too many others are asked for. `None`
+    /// when the link breaks meanwhile.
     pub async fn region(
         &self,
         snapshot_id: &str,
@@ -129,9 +141,11 @@ impl Connection {
         offset: u64,
         len: u32,
     ) -> Option<(Region, Vec<u8>)> {
+        let counts = self.regions.clone().acquire_owned().await.ok()?;
         let request = self.next_region.replace(self.next_region.get().wrapping_add(1));
         let (sender, answer) = oneshot::channel();
-        self.waiting.borrow_mut().regions.insert(request, sender);
+        let asked = Asked { answer: sender, _counts: counts };
+        self.waiting.borrow_mut().regions.insert(request, asked);
         let (snapshot_id, name) = (snapshot_id.to_owned(), name.to_owned());
         self.tell(Command::Region(RegionRequest { request, snapshot_id, name, offset, len })).await;
         if self.is_closed() {
@@ -148,6 +162,7 @@ impl Connection {
     /// Every snapshot under way is lost; returns how many.
     pub(super) fn close(&self, why: &str) -> usize {
         self.closed.set(true);
+        self.regions.close();
         let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
         for fate in waiting.fates.values() {
             settle(fate, Fate::Lost(why.to_owned()));
@@ -221,7 +236,7 @@ impl Connection {
     /// A region has come: who asked for it gets it, if they are still there.
     fn deliver(&self, region: Region, bytes: Vec<u8>) {
         let asked = self.waiting.borrow_mut().regions.remove(&region.request);
-        let _ = asked.map(|asked| asked.send((region, bytes)));
+        let _ = asked.map(|asked| asked.answer.send((region, bytes)));
     }
 }
 

@@ -15,6 +15,9 @@ use super::frame::{Header, PAYLOAD_MAX};
 /// No region that is asked for is longer than this, in bytes: who asks holds it in memory.
 pub const REGION_MAX: usize = 256 << 10;
 
+/// A cache ends a link on which more regions than this are waited for at once.
+pub const REGIONS_MAX: usize = 1024;
+
 /// No reason in an abort or a goodbye is longer than this, in bytes.
 const REASON_MAX: usize = 1024;
 

@@ -2,9 +2,11 @@
 
 use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::wire::message::{
-    ImageAck, ImageReady, Message, REGION_MAX, Region, RegionRequest, SnapshotAck, SnapshotReady,
+    ImageAck, ImageReady, Message, REGION_MAX, REGIONS_MAX, Region, RegionRequest, SnapshotAck,
+    SnapshotReady,
 };
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::cache_standin::{CacheStandin, receive_until, receive_whole};
 use crate::criu::{Criu, RECORDS};
@@ -196,4 +198,31 @@ fn a_link_cut_while_bytes_are_on_their_way_is_the_reason_that_is_told() {
     stage.link.shut(std::net::Shutdown::Both);
     writing.join().unwrap();
     stage.assert_lost("the peer closed the connection");
+}
+
+/// The cache ends a link on which more is asked for, and with it what is under way there.
+#[test]
+fn more_readers_than_a_cache_answers_at_once_wait_their_turn() {
+    let mut stage = Stage::set();
+    let mut files = getrlimit(Resource::Nofile);
+    files.current = files.maximum;
+    setrlimit(Resource::Nofile, files).unwrap();
+    let mut readers: Vec<_> = (0..REGIONS_MAX + 6)
+        .map(|_| {
+            let mut reader = Remote::at_proxy(&stage.proxy);
+            reader.ask(&read_of("parent-1", "pages-1.img", false));
+            reader
+        })
+        .collect();
+    let asked: Vec<_> = (0..REGIONS_MAX).map(|_| stage.asked().request).collect();
+    stage.link.assert_quiet();
+    // What nobody waits for any more is asked for all the same.
+    readers.drain(..10);
+    stage.link.assert_quiet();
+    for request in &asked[..4] {
+        stage.link.send(&region(*request, 2, 0));
+    }
+    (0..4).for_each(|_| drop(stage.asked()));
+    stage.link.assert_quiet();
+    stage.complete();
 }
