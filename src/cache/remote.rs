@@ -17,7 +17,7 @@ use crate::config::{CacheSettings, Reads};
 use crate::criu::remote::{Reply, Request};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
-use crate::daemon::sessions::{Peer, closed};
+use crate::daemon::sessions::Peer;
 use crate::store::{Image, Key, State};
 
 /// Why a session ends before the client ends it.
@@ -118,7 +118,7 @@ impl Session {
     async fn while_there<T>(&self, wait: impl Future<Output = T>) -> Result<T, Ended> {
         tokio::select! {
             found = wait => Ok(found),
-            () = closed(self.client.socket()) => Err(Failure::Left.into()),
+            () = self.client.gone() => Err(Failure::Left.into()),
         }
     }
 

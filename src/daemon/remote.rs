@@ -11,7 +11,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::sessions::{BadSession, receive_pipe};
+use super::sessions::{BadSession, LOOK, closed, receive_pipe};
 use crate::criu::remote::{
     BadHeader, ENTRY_MAX, HEADER_MAX, LENGTH_LEN, Reply, Request, decode_id, message_len,
 };
@@ -54,11 +54,6 @@ impl Client {
     pub fn new(socket: UnixStream, patience: Duration, historical: bool) -> Client {
         let partial = Partial::new(HEADER_MAX);
         Client { socket: Rc::new(socket), partial, patience, historical, known: false }
-    }
-
-    /// The socket.
-    pub fn socket(&self) -> &Rc<UnixStream> {
-        &self.socket
     }
 
     /// The request that has come already, if it has: what is looked at in the order in which clients
@@ -159,6 +154,15 @@ impl Client {
                 }
             }
             Source::Socket(_) => Ok(!self.has_hung_up()),
+        }
+    }
+
+    /// Resolves when the client has gone. One that has only shut down its sending direction still
+    /// listens.
+    pub async fn gone(&self) {
+        closed(&self.socket).await;
+        while !self.has_hung_up() {
+            tokio::time::sleep(LOOK).await;
         }
     }
 

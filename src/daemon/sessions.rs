@@ -17,8 +17,8 @@ use crate::criu::stream::{BadRequest, HEADER_LEN, request_len};
 use crate::sys::pipe::NotThatEnd;
 use crate::sys::scm;
 
-/// How often a peer that spoke out of turn is looked at.
-const LOOK: Duration = Duration::from_millis(100);
+/// How often a peer that spoke out of turn, or says nothing more, is looked at.
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 
 /// Counts the sessions under way.
 #[derive(Debug, Clone, Default)]

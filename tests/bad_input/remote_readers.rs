@@ -119,6 +119,28 @@ fn a_reader_that_leaves_while_it_waits_is_waited_for_no_longer() {
 }
 
 #[test]
+fn a_reader_that_says_nothing_more_is_served_when_what_it_waits_for_has_come() {
+    let stage = Stage::set();
+    let (proxy, cache) = (&stage.hosts.proxy, &stage.hosts.cache);
+    let mut writer = begin(proxy, "web", "core-7.img");
+    let mut readers = [Remote::at_proxy(proxy), Remote::at_cache(cache)];
+    for reader in &mut readers {
+        reader.ask(&read_of("web", "core-7.img", false));
+        reader.shut();
+        reader.assert_waits();
+    }
+    writer.say(RECORDS);
+    writer.shut();
+    writer.assert_done();
+    assert_eq!(end(proxy, "web").error, 0);
+    for mut reader in readers {
+        assert_eq!(reader.reply().size, Some(12));
+        assert_eq!(reader.rest(), RECORDS);
+    }
+    stage.assert_undisturbed();
+}
+
+#[test]
 fn wrong_descriptors_end_the_read_that_they_came_for() {
     let patience = [("sessions.request-timeout", "\"200ms\"")];
     let stage = stage(&patience, &patience);

@@ -14,7 +14,7 @@ use crate::config::{ProxySettings, Reads};
 use crate::criu::remote::{PARENT, Reply, Request};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
-use crate::daemon::sessions::{BadSession, Peer, closed};
+use crate::daemon::sessions::{BadSession, Peer};
 use crate::proxy::Proxy;
 use crate::proxy::failure::Failure;
 use crate::proxy::forward::Forward;
@@ -308,7 +308,7 @@ impl Session {
     ) -> Result<bool, Ended> {
         let found = tokio::select! {
             found = find => found,
-            () = closed(self.client.socket()) => return Err(Ended::Left),
+            () = self.client.gone() => return Err(Ended::Left),
         };
         match found {
             Ok(found) => {
