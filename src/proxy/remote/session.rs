@@ -397,8 +397,8 @@ fn damaged(name: &str, bad: BadClient) -> Failure {
 fn refusal_of(bad: &BadClient) -> Refusal {
     let errno = match bad {
         BadClient::Session(BadSession::Late(_)) => Errno::TIMEDOUT,
-        BadClient::Session(_) => Errno::IO,
-        BadClient::Header(_) => Errno::INVAL,
+        BadClient::Session(BadSession::Io(_)) => Errno::IO,
+        BadClient::Session(_) | BadClient::Header(_) => Errno::INVAL,
     };
     Refusal::new(errno, bad.to_string())
 }
