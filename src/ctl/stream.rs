@@ -9,15 +9,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use indicatif::ProgressBar;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::criu::stream::{HEADER_LEN, decode_reply, encode_request, request_len};
-use crate::sys::pipe::{grow, transfer_from_file, transfer_to_file};
+use crate::sys::pump;
 use crate::sys::scm::send_descriptor;
-
-/// Pipes are made as large as an unprivileged user may have them, in bytes.
-const PIPE: usize = 1 << 20;
 
 /// A session of the stream protocol.
 #[derive(Debug)]
@@ -33,12 +28,11 @@ impl Session {
     /// Sends an image, as a dump does, and gives how many bytes it had.
     pub(super) fn send(&mut self, name: &str, file: &File, bar: &ProgressBar) -> io::Result<u64> {
         self.0.write_all(&encode_request(name))?;
-        let (out, into) = pipe()?;
+        let (out, into) = pump::pipe()?;
         send_descriptor(&self.0, out.as_fd())?;
         // With it open here as well, a daemon that gave up would not be noticed.
         drop(out);
-        let mut offset = 0;
-        pump(&into, PollFlags::OUT, bar, || transfer_from_file(file, &mut offset, &into, PIPE))
+        pump::from_file(file, &into, &mut |moved| bar.inc(moved))
     }
 
     /// Receives an image, as a restore does, and gives how many bytes it had; `None` if there is no
@@ -53,12 +47,11 @@ impl Session {
         if !self.reply()? {
             return Ok(None);
         }
-        let (out, into) = pipe()?;
+        let (out, into) = pump::pipe()?;
         send_descriptor(&self.0, into.as_fd())?;
         // With it open here as well, the end of the image would never come.
         drop(into);
-        let mut offset = 0;
-        pump(&out, PollFlags::IN, bar, || transfer_to_file(&out, file, &mut offset, PIPE)).map(Some)
+        pump::to_file(&out, file, &mut |moved| bar.inc(moved)).map(Some)
     }
 
     fn reply(&mut self) -> io::Result<bool> {
@@ -68,44 +61,6 @@ impl Session {
         let mut message = vec![0; len];
         self.0.read_exact(&mut message)?;
         decode_reply(&message).map_err(invalid)
-    }
-}
-
-/// The end where bytes come out, and the one where they go in.
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (out, into) = pipe_with(PipeFlags::CLOEXEC)?;
-    grow(&into, PIPE);
-    Ok((out, into))
-}
-
-/// Repeats a transfer until the end, waiting for the pipe when it is not ready.
-fn pump(
-    pipe: &OwnedFd,
-    ready: PollFlags,
-    bar: &ProgressBar,
-    mut transfer: impl FnMut() -> io::Result<usize>,
-) -> io::Result<u64> {
-    let mut sum = 0;
-    loop {
-        match transfer() {
-            Ok(0) => return Ok(sum),
-            Ok(moved) => {
-                sum += moved as u64;
-                bar.inc(moved as u64);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait(&mut [PollFd::new(pipe, ready)])?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-fn wait(pipe: &mut [PollFd<'_>]) -> io::Result<()> {
-    match poll(pipe, None) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -11,5 +11,6 @@ pub mod ends;
 pub(crate) mod inherited;
 pub mod memfd;
 pub mod pipe;
+pub mod pump;
 pub mod scm;
 pub mod unix;

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, open};
 
@@ -37,6 +37,20 @@ pub fn bind(dir: &Path, name: &str) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Connects to the socket at `path`, in a directory of any length.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    match (UnixStream::connect(path), path.parent(), path.file_name()) {
+        // It does not fit into `sun_path`.
+        (Err(error), Some(dir), Some(name)) if error.kind() == io::ErrorKind::InvalidInput => {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let directory = open(dir, flags, Mode::empty())?;
+            let short = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+            UnixStream::connect(short.join(name))
+        }
+        (connected, ..) => connected,
+    }
+}
+
 fn in_use(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::AddrInUse, why)
 }
@@ -64,7 +78,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let long = dir.path().join("d".repeat(200));
         fs::create_dir(&long).unwrap();
-        bind(&long, "x.sock").unwrap();
-        assert!(long.join("x.sock").exists());
+        let _listener = bind(&long, "x.sock").unwrap();
+        connect(&long.join("x.sock")).unwrap();
+        let missing = connect(&long.join("y.sock")).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 }
