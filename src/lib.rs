@@ -9,9 +9,12 @@
 //! 4. [`cache`]: the destination host. The link comes in, CRIU's restores are served.
 //! 5. [`store`]: snapshots, their images in memory, the quota.
 //!
+//! [`client`] stands where CRIU stands: it puts images in and gets them out, for programs other than
+//! CRIU.
+//!
 //! Around them: [`daemon`] is what both daemons need to be services, [`config`] turns TOML into
-//! settings, [`control`] is the Varlink interface and [`ctl`] the command that speaks it, [`sys`]
-//! holds the system calls.
+//! settings, [`control`] is the Varlink interface and [`ctl`] the command that speaks it and puts and
+//! gets images, [`sys`] holds the system calls.
 //!
 //! `criu`, `wire` and `store` know neither `proxy` nor `cache`. `ARCHITECTURE.md` tells the rest.
 
@@ -24,6 +27,8 @@ pub mod wire;
 pub mod cache;
 
 pub mod store;
+
+pub mod client;
 
 pub mod config;
 pub mod control;
