@@ -41,7 +41,12 @@ fn options(help: &str) -> BTreeSet<String> {
     let listed = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
     let long =
         listed.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));
-    long.map(|word| word.trim_end_matches('.').to_owned()).collect()
+    long.map(|word| name_of(word.trim_end_matches('.'))).collect()
+}
+
+/// An option without the value that may come after an equals sign.
+fn name_of(option: &str) -> String {
+    option.split('[').next().unwrap().to_owned()
 }
 
 /// The text below a heading, up to the next one.
@@ -56,7 +61,7 @@ fn documented(section: &str) -> BTreeSet<String> {
     let rows = section.lines().filter_map(|line| line.strip_prefix("| `-"));
     let cells = rows.map(|row| format!("-{}", row.split('|').next().unwrap()).replace('`', ""));
     let long =
-        |cell: String| cell.split([' ', ',']).find(|word| word.starts_with("--")).map(Into::into);
+        |cell: String| cell.split([' ', ',']).find(|word| word.starts_with("--")).map(name_of);
     cells.filter_map(long).collect()
 }
 

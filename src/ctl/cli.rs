@@ -16,7 +16,7 @@ use super::exit::HELP;
     long_about = "criu-imagectl asks criu-image-proxy (on the source host) and criu-image-cache (on \
 the destination host) over their control sockets.\n\n\
 Without --proxy, --cache or --socket it asks the daemon whose socket exists here. Where both run, \
-status and list show both, and push and extract know which one they need.\n\n\
+status and list show both, and push, extract, put and get know which one they need.\n\n\
 Examples:\n  \
 criu-imagectl status\n  \
 criu-imagectl --cache list\n  \
@@ -108,6 +108,30 @@ The directory's name is the snapshot's. The socket is made here and handed to th
 needs no right to the directory. It prints the criu command to use.")]
     Open(Open),
 
+    /// Put images into a snapshot by name, through the proxy
+    #[command(after_help = "Examples, on the source host:\n  \
+criu-imagectl put --list --finish web /tmp/web/*.img\n  \
+tar -c /srv/web | criu-imagectl put --name rootfs.tar web -\n\n\
+Each image is at the cache when the next begins, and all are when it ends. If one fails, the \
+snapshot is damaged: begin it anew with --list.")]
+    Put(Put),
+
+    /// Get images of a snapshot by name, from the cache
+    #[command(after_help = "Examples, on the destination host:\n  \
+criu-imagectl get web rootfs.tar | tar -x -C /\n  \
+criu-imagectl get --to /tmp/web web inventory.img pstree.img\n  \
+criu-imagectl get --ids\n\n\
+At the cache it waits until the snapshot is whole, and may be called before the dump. At the proxy \
+(--proxy) it reads what a dump needs of those before it. The snapshot does not count as taken. DIR is \
+made with mode 0700 and the files with mode 0600. If anything fails, what was written is removed.")]
+    Get(Get),
+
+    /// End a dump at the proxy, or a restore at the cache, of images by name
+    #[command(after_help = "Examples:\n  \
+criu-imagectl --proxy finish web --images 20   # the dump: it is whole\n  \
+criu-imagectl --cache finish web               # the restore: it is taken")]
+    Finish(Finish),
+
     /// Write man pages or shell completions, for packagers
     #[command(hide = true)]
     Generate {
@@ -193,6 +217,77 @@ pub(super) struct Open {
 
     /// The directory; it must exist
     pub(super) dir: PathBuf,
+}
+
+/// `put`
+#[derive(Debug, Args)]
+pub(super) struct Put {
+    /// Append the snapshot's id to this list of ids first, which begins the snapshot anew if it has
+    /// failed; without NAME, to the list that has no name
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(super) list: Option<String>,
+
+    /// Write on at the end of images that are there
+    #[arg(long)]
+    pub(super) append: bool,
+
+    /// The image's name, if not FILE's
+    #[arg(long)]
+    pub(super) name: Option<String>,
+
+    /// End the dump: the snapshot is whole, with these images and no others
+    #[arg(long)]
+    pub(super) finish: bool,
+
+    /// The snapshot's id
+    pub(super) snapshot: String,
+
+    /// What becomes an image of the file's name; - is stdin, and needs --name
+    #[arg(value_name = "FILE")]
+    pub(super) files: Vec<PathBuf>,
+}
+
+/// `get`
+#[derive(Debug, Args)]
+pub(super) struct Get {
+    /// Print a list of snapshot ids, oldest first, instead; without NAME, the one that has no name
+    #[arg(
+        long,
+        value_name = "NAME",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "",
+        conflicts_with_all = ["snapshot", "to", "force"]
+    )]
+    pub(super) ids: Option<String>,
+
+    /// Write the images into DIR, which is made if it is missing, instead of one to stdout
+    #[arg(long, value_name = "DIR")]
+    pub(super) to: Option<PathBuf>,
+
+    /// Replace images that are in DIR already
+    #[arg(long, requires = "to")]
+    pub(super) force: bool,
+
+    /// The snapshot's id
+    #[arg(required_unless_present = "ids")]
+    pub(super) snapshot: Option<String>,
+
+    /// The images' names
+    #[arg(value_name = "IMAGE", required_unless_present = "ids")]
+    pub(super) images: Vec<String>,
+}
+
+/// `finish`
+#[derive(Debug, Args)]
+pub(super) struct Finish {
+    /// How many images were written, one that was appended to counted each time; another number
+    /// damages the snapshot (proxy only)
+    #[arg(long, value_name = "N")]
+    pub(super) images: Option<u64>,
+
+    /// The snapshot's id
+    pub(super) snapshot: String,
 }
 
 /// What `generate` writes.

@@ -1,8 +1,12 @@
 //! How the command ends: the exit status, and what is said about it.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
+use super::reach::beside;
+use crate::client;
+use crate::control::model::Role;
 use crate::control::{CACHE_SOCKET, ClientError, PROXY_SOCKET};
 
 /// The exit status. `--help` documents it.
@@ -17,7 +21,7 @@ pub enum Exit {
     Usage = 2,
     /// The daemon cannot be reached.
     Unreachable = 3,
-    /// The daemon knows no such snapshot.
+    /// The daemon knows no such snapshot, or no such image.
     NoSuchSnapshot = 4,
     /// The snapshot is damaged.
     Damaged = 5,
@@ -32,9 +36,13 @@ Exit status:
   1  failed
   2  wrong usage
   3  the daemon cannot be reached
-  4  no such snapshot
+  4  no such snapshot or image
   5  the snapshot is damaged
   6  timed out";
+
+/// What to do when a daemon closes without a word.
+const BROKEN: &str =
+    "the daemon's journal says why; a uid that is not among its allow-uids is turned away";
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> ExitCode {
@@ -103,13 +111,41 @@ impl From<ClientError> for Failure {
                 let what = format!("the daemon cannot be reached: {what}");
                 Failure::new(Exit::Unreachable, what).cure(cure)
             }
-            ClientError::Broken { .. } => Failure::failed(what).cure(
-                "the daemon's journal says why; a uid that is not among its allow-uids is turned away",
-            ),
+            ClientError::Broken { .. } => Failure::failed(what).cure(BROKEN),
             ClientError::NoSuchSnapshot(_) => {
                 Failure::new(Exit::NoSuchSnapshot, what).cure("criu-imagectl list")
             }
             ClientError::Refused(_) => Failure::failed(format!("the daemon refuses: {what}")),
+        }
+    }
+}
+
+/// For the commands of the remote protocol, which add what the cure depends on.
+impl From<client::Error> for Failure {
+    fn from(error: client::Error) -> Failure {
+        use client::Error;
+
+        let what = error.to_string();
+        match error {
+            Error::Unreachable { path, source } => {
+                let is = |control: &str, role| path == beside(Path::new(control), role);
+                let cure = if source.kind() == std::io::ErrorKind::PermissionDenied {
+                    "be root, or a user in allow-uids and in the group criu-image"
+                } else if is(PROXY_SOCKET, Role::Proxy) {
+                    "systemctl start criu-image-proxy-remote.socket (source host)"
+                } else if is(CACHE_SOCKET, Role::Cache) {
+                    "systemctl start criu-image-cache-remote.socket (destination host)"
+                } else {
+                    "start the daemon whose --work-dir this is"
+                };
+                let what = format!("the daemon cannot be reached: {what}");
+                Failure::new(Exit::Unreachable, what).cure(cure)
+            }
+            Error::NotFound(_) => Failure::new(Exit::NoSuchSnapshot, what),
+            Error::Damaged(_) => Failure::new(Exit::Damaged, what),
+            Error::Refused { .. } => Failure::failed(format!("the daemon refuses: {what}")),
+            Error::Broken { .. } => Failure::failed(what).cure(BROKEN),
+            Error::Io(_) => Failure::failed(what),
         }
     }
 }

@@ -1,10 +1,5 @@
 //! `extract`: a snapshot of the cache becomes a directory of CRIU's images.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-
 use indicatif::ProgressBar;
 use serde_json::json;
 
@@ -14,6 +9,7 @@ use super::look::state_word;
 use super::print::{Output, clean, progress, size};
 use super::reach;
 use super::stream::{Session, is_end};
+use super::written::Written;
 use crate::control::Reading;
 use crate::control::model::{Image, Role, Snapshot, SnapshotState};
 use crate::criu::names::check_name;
@@ -27,7 +23,8 @@ pub(super) async fn run(daemon: &Daemon, output: Output, extract: &Extract) -> R
     for image in &images {
         check_name(&image.name).map_err(|bad| Failure::failed(format!("snapshot {id}: {bad}")))?;
     }
-    let mut written = Written::prepare(&extract.dir, &images, extract.force)?;
+    let names = images.iter().map(|image| image.name.as_str());
+    let mut written = Written::prepare(&extract.dir, names, extract.force)?;
 
     let (mut session, theirs) = Session::new()
         .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
@@ -76,67 +73,5 @@ fn receive(
                 .cure("its journal says why: journalctl -u criu-image-cache"))
         }
         Err(error) => Err(Failure::failed(format!("{}: {error}", path.display()))),
-    }
-}
-
-/// What was written so far. Dropped before [`keep`](Written::keep), it is removed again.
-struct Written {
-    dir: PathBuf,
-    made_dir: bool,
-    files: Vec<PathBuf>,
-    force: bool,
-}
-
-impl Written {
-    fn prepare(dir: &Path, images: &[Image], force: bool) -> Result<Written, Failure> {
-        let failed = |error| Failure::failed(format!("{}: {error}", dir.display()));
-        let made_dir = match fs::metadata(dir) {
-            Ok(_) => false,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // They are the memory of a process: nobody else may look.
-                DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
-                true
-            }
-            Err(error) => return Err(failed(error)),
-        };
-        let there = |image: &&Image| fs::symlink_metadata(dir.join(&image.name)).is_ok();
-        if let (false, Some(image)) = (force, images.iter().find(there)) {
-            let path = dir.join(&image.name);
-            return Err(Failure::failed(format!("{} is there already", path.display()))
-                .cure("extract into another directory, or replace it with --force"));
-        }
-        Ok(Written { dir: dir.to_owned(), made_dir, files: Vec::new(), force })
-    }
-
-    /// Makes a new file; a name is never followed to somewhere else.
-    fn create(&mut self, name: &str) -> Result<(PathBuf, File), Failure> {
-        let path = self.dir.join(name);
-        let failed = |error| Failure::failed(format!("{}: {error}", path.display()));
-        if self.force {
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-                _ => {}
-            }
-        }
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(failed)?;
-        self.files.push(path.clone());
-        Ok((path, file))
-    }
-
-    fn keep(mut self) {
-        self.files.clear();
-        self.made_dir = false;
-    }
-}
-
-impl Drop for Written {
-    fn drop(&mut self) {
-        for file in &self.files {
-            let _ = fs::remove_file(file);
-        }
-        if self.made_dir {
-            let _ = fs::remove_dir(&self.dir);
-        }
     }
 }

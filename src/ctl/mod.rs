@@ -3,19 +3,23 @@
 //! Each command is a file. What it has to say goes to stdout in one piece, as text or, with
 //! `--json`, as JSON; errors are a line or two on stderr, and the exit status ([`Exit`]) says which
 //! kind. `push` and `extract` are clients of CRIU's stream protocol, as `criu dump` and
-//! `criu restore` are.
+//! `criu restore` are; `put`, `get` and `finish` are of the remote protocol.
 
 mod cli;
 mod exit;
 mod extract;
+mod finish;
 mod generate;
+mod get;
 mod look;
 mod open;
 mod print;
 mod push;
+mod put;
 mod reach;
 mod stream;
 mod wait;
+mod written;
 
 pub use cli::Cli;
 pub use exit::Exit;
@@ -56,6 +60,9 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Drop { snapshots } => look::drop_all(&daemon, output, &snapshots).await,
         Command::Extract(extract) => extract::run(&daemon, output, &extract).await,
         Command::Push(push) => push::run(&daemon, output, &push).await,
+        Command::Put(put) => put::run(&daemon, output, &put),
+        Command::Get(get) => get::run(&daemon, output, &get),
+        Command::Finish(finish) => finish::run(&daemon, output, &finish),
         Command::Open(open) => open::run(&daemon, output, &open).await,
         Command::Generate { what, dir } => generate::run(what, &dir),
     }

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use super::cli::Daemon;
 use super::exit::{Exit, Failure};
+use crate::client;
 use crate::control::model::Role;
 use crate::control::{CACHE_SOCKET, Client, PROXY_SOCKET};
 use crate::criu::names::check_id;
+use crate::criu::remote;
 
 /// The sockets of every daemon that is asked: the named one, or those that exist.
 pub(super) fn all(daemon: &Daemon) -> Result<Vec<PathBuf>, Failure> {
@@ -42,20 +44,74 @@ pub(super) async fn only(
     role: Role,
     command: &'static str,
 ) -> Result<Client, Failure> {
-    let (socket, wrong, name) = match role {
-        Role::Proxy => (PROXY_SOCKET, daemon.cache, "proxy"),
-        Role::Cache => (CACHE_SOCKET, daemon.proxy, "cache"),
-    };
-    let mistaken = || {
-        Failure::usage(format!("{command} is a command of the {name}, not of the other daemon"))
-            .cure(format!("criu-imagectl --{name} {command} …"))
+    let wrong = match role {
+        Role::Proxy => daemon.cache,
+        Role::Cache => daemon.proxy,
     };
     if wrong {
-        return Err(mistaken());
+        return Err(mistaken(command, role));
     }
-    let path = daemon.socket.clone().unwrap_or_else(|| socket.into());
+    let path = daemon.socket.clone().unwrap_or_else(|| control_socket(role).into());
     let mut client = Client::connect(path).await?;
-    if client.status().await?.role == role { Ok(client) } else { Err(mistaken()) }
+    if client.status().await?.role == role { Ok(client) } else { Err(mistaken(command, role)) }
+}
+
+/// The daemon of a role on its socket of the remote protocol, which lies beside the control socket.
+pub(super) fn remote(daemon: &Daemon, role: Role) -> client::Client {
+    let control = named(daemon).unwrap_or_else(|| control_socket(role).into());
+    client::Client::at(beside(&control, role))
+}
+
+/// The daemon that is meant, by which sockets of the remote protocol exist.
+pub(super) fn remote_role(daemon: &Daemon) -> Result<Role, Failure> {
+    let [proxy, cache] = [Role::Proxy, Role::Cache].map(|role| {
+        let control = daemon.socket.clone().unwrap_or_else(|| control_socket(role).into());
+        beside(&control, role)
+    });
+    match (proxy.exists(), cache.exists()) {
+        _ if daemon.proxy => Ok(Role::Proxy),
+        _ if daemon.cache => Ok(Role::Cache),
+        (true, true) => Err(Failure::usage("both a proxy and a cache are here")
+            .cure("say which one is meant: --proxy or --cache")),
+        (true, false) => Ok(Role::Proxy),
+        (false, true) => Ok(Role::Cache),
+        (false, false) => {
+            let (proxy, cache) = (proxy.display(), cache.display());
+            let what = format!("no daemon is here: neither {proxy} nor {cache} exists");
+            let cure = if daemon.socket.is_some() {
+                "start the daemon whose --work-dir this is"
+            } else {
+                "systemctl start criu-image-proxy-remote.socket (source host) or \
+                 criu-image-cache-remote.socket (destination host)"
+            };
+            Err(Failure::new(Exit::Unreachable, what).cure(cure))
+        }
+    }
+}
+
+/// The socket of the remote protocol in the directory of a control socket.
+pub(super) fn beside(control: &Path, role: Role) -> PathBuf {
+    control.with_file_name(match role {
+        Role::Proxy => remote::PROXY_SOCKET,
+        Role::Cache => remote::CACHE_SOCKET,
+    })
+}
+
+fn control_socket(role: Role) -> &'static str {
+    match role {
+        Role::Proxy => PROXY_SOCKET,
+        Role::Cache => CACHE_SOCKET,
+    }
+}
+
+/// A command that only the daemon of a role has was asked of the other one.
+pub(super) fn mistaken(command: &str, role: Role) -> Failure {
+    let name = match role {
+        Role::Proxy => "proxy",
+        Role::Cache => "cache",
+    };
+    Failure::usage(format!("{command} is a command of the {name}, not of the other daemon"))
+        .cure(format!("criu-imagectl --{name} {command} …"))
 }
 
 fn named(daemon: &Daemon) -> Option<PathBuf> {
@@ -87,6 +143,11 @@ pub(super) fn snapshot_id(given: Option<&str>, dir: &Path) -> Result<String, Fai
         Ok(()) => Ok(name),
         Err(bad) => Err(Failure::usage(bad.to_string()).cure("name it otherwise: --snapshot ID")),
     }
+}
+
+/// An id of the remote protocol, which may be a path.
+pub(super) fn must_be_id(id: &str) -> Result<(), Failure> {
+    check_id(id).map_err(|bad| Failure::usage(bad.to_string()))
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ fn entries_that_are_none_end_the_append_and_what_came_before_stays() {
     let torn = encode_id("torn");
     for cut in 1..torn.len() {
         let cause = "the socket was closed in the middle of a request";
-        assert_bad_entry(proxy, &format!("cut-{cut}"), &torn[..cut], Errno::IO, cause);
+        assert_bad_entry(proxy, &format!("cut-{cut}"), &torn[..cut], Errno::INVAL, cause);
     }
     assert_eq!(proxy.show("torn"), None);
     stage.assert_undisturbed();
