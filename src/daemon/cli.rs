@@ -33,7 +33,8 @@ Exit status:
 socket streamer-capture.sock in its work-dir, and forwards them through memory to a \
 criu-image-cache on the destination host.\n\n\
 It is meant to be started by systemd:\n\n  \
-systemctl start criu-image-proxy-stream.socket criu-image-proxy-control.socket\n\n\
+systemctl start criu-image-proxy-stream.socket criu-image-proxy-remote.socket \\\n      \
+criu-image-proxy-control.socket\n\n\
 Without systemd it binds its sockets itself, in --work-dir, and keeps the rules of CRIU's own \
 daemons:\n\n  \
 criu-image-proxy --daemon --pidfile FILE --log-file FILE --address CACHE\n\n\
@@ -58,7 +59,7 @@ them in memory, and serves them to CRIU's restores over the socket streamer-serv
 work-dir.\n\n\
 It is meant to be started by systemd:\n\n  \
 systemctl start criu-image-cache-link.socket criu-image-cache-stream.socket \\\n      \
-criu-image-cache-control.socket\n\n\
+criu-image-cache-remote.socket criu-image-cache-control.socket\n\n\
 Without systemd it binds its sockets itself, in --work-dir, listens on the configured address, \
 and keeps the rules of CRIU's own daemons:\n\n  \
 criu-image-cache --daemon --pidfile FILE --log-file FILE --address ADDR\n\n\

@@ -72,9 +72,10 @@ impl Bed {
         bed.configure(Host::A, "insecure", "true");
         bed.configure(Host::A, "cache", &format!("{:?}", address.trim()));
         bed.configure(Host::B, "insecure", "true");
-        for (host, sockets) in
-            [(Host::A, &["stream", "control"][..]), (Host::B, &["stream", "control", "link"])]
-        {
+        for (host, sockets) in [
+            (Host::A, &["stream", "remote", "control"][..]),
+            (Host::B, &["stream", "remote", "control", "link"]),
+        ] {
             for socket in sockets {
                 bed.ok(
                     host,

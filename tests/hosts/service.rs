@@ -30,6 +30,22 @@ fn a_service_starts_with_the_first_connection_to_its_socket() {
 }
 
 #[test]
+fn images_by_name_start_the_services_too_and_can_be_done_without() {
+    let bed = Bed::up();
+    bed.ok(Host::A, &["criu-imagectl", "put", "--list", "--finish", "web", "/etc/hostname"]);
+    assert_eq!(bed.ok(Host::B, &["criu-imagectl", "get", "web", "hostname"]), "host-a\n");
+    bed.ok(Host::B, &["criu-imagectl", "finish", "web"]);
+    for host in BOTH {
+        let socket = format!("{}-remote.socket", host.daemon());
+        bed.ok(host, &["systemctl", "mask", "--now", &socket]);
+        bed.ok(host, &["systemctl", "restart", host.daemon()]);
+    }
+    migrate(&bed, "db");
+    let gone = bed.run(Host::A, &["criu-imagectl", "put", "web", "/etc/hostname"]);
+    assert_eq!(gone.status.code(), Some(3));
+}
+
+#[test]
 fn the_status_line_and_the_journal_tell_the_story_of_a_snapshot() {
     let bed = Bed::up();
     migrate(&bed, "web");
@@ -118,8 +134,11 @@ fn strangers_reach_no_socket_and_group_members_no_session() {
         let output = bed.run(host, &[&user[..], &client].concat());
         (output.status.success(), String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
-    for (host, stream) in [(Host::A, "streamer-capture.sock"), (Host::B, "streamer-serve.sock")] {
-        for socket in [stream, "control.sock"] {
+    for (host, stream, remote) in [
+        (Host::A, "streamer-capture.sock", "img-proxy.sock"),
+        (Host::B, "streamer-serve.sock", "img-cache.sock"),
+    ] {
+        for socket in [stream, remote, "control.sock"] {
             assert_eq!(as_user(host, "65534", socket), (false, String::new()), "{socket}");
             let ended = (true, "ended".to_owned());
             assert_eq!(as_user(host, "criu-image", socket), ended, "{socket}");
@@ -129,7 +148,7 @@ fn strangers_reach_no_socket_and_group_members_no_session() {
             let named = |entry: &serde_json::Value| {
                 entry["MESSAGE"].as_str().unwrap().contains("(uid 65534) is refused")
             };
-            refused.iter().filter(|entry| named(entry)).count() == 2
+            refused.iter().filter(|entry| named(entry)).count() == 3
         });
         bed.configure(host, "allow-uids", "[65534]");
         bed.ok(host, &["systemctl", "reload", host.daemon()]);
