@@ -56,11 +56,11 @@ impl Session {
             let request = match self.client.next().await {
                 Ok(Some(request)) => request,
                 Ok(None) => return Ok(()),
-                Err(BadClient::Header(bad)) => {
-                    self.refuse((Errno::INVAL, bad.to_string())).await?;
-                    return Ok(());
+                Err(bad) => {
+                    // It may have gone.
+                    let _ = self.client.reply(&Reply::refused(bad.errno(), &bad.to_string())).await;
+                    return Err(bad.into());
                 }
-                Err(bad) => return Err(bad.into()),
             };
             let _session = self.cache.restores.enter();
             if !self.perform(request).await? {

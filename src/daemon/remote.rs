@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -28,6 +29,17 @@ pub enum BadClient {
     /// See [`BadSession`].
     #[error("{0}")]
     Session(#[from] BadSession),
+}
+
+impl BadClient {
+    /// What it is told, if it listens.
+    pub fn errno(&self) -> Errno {
+        match self {
+            BadClient::Session(BadSession::Late(_)) => Errno::TIMEDOUT,
+            BadClient::Session(BadSession::Io(_)) => Errno::IO,
+            BadClient::Session(_) | BadClient::Header(_) => Errno::INVAL,
+        }
+    }
 }
 
 impl From<io::Error> for BadClient {

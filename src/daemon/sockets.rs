@@ -155,7 +155,7 @@ impl Sockets {
     /// Whether all that is needed was handed over.
     fn check(&self, wanted: Wanted<'_>) -> Result<(), SocketError> {
         let needs_link = wanted.link.is_some() && self.connected.is_none();
-        // Only who has clients for it starts the socket of the remote protocol.
+        // A site without clients for the remote protocol masks its socket.
         for (name, missing) in [
             (STREAM, self.stream.is_empty()),
             (CONTROL, self.control.is_empty()),

@@ -80,11 +80,14 @@ impl Upload {
         self.connection.tell(Command::List { snapshot, list }).await;
     }
 
-    /// Waits until the cache has accepted the snapshot and its entries in lists. False when it never
-    /// will: the [fate](Self::fate) tells why.
-    pub async fn ready(&self) -> bool {
+    /// Waits until the cache has accepted the snapshot and its entries in lists.
+    pub(super) async fn ready(&self) -> Result<(), Failure> {
         let asked = self.asked.get();
-        self.ready.clone().wait_for(|times| *times >= asked).await.is_ok()
+        let mut ready = self.ready.clone();
+        if ready.wait_for(|times| *times >= asked).await.is_ok() {
+            return Ok(());
+        }
+        Err(lost(self.fate().await))
     }
 
     /// Begins an image, or goes on at its end; the number is for the calls that follow.

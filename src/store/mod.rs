@@ -206,7 +206,7 @@ impl Store {
         let mut lists = self.lists.borrow_mut();
         // A snapshot may stand in more lists than one, but not in any number of them.
         let limit = self.settings.borrow().max_snapshots;
-        if lists.len() as u64 >= limit {
+        if lists.len() as u64 >= limit && !lists.ids_of(list, host).contains(&id) {
             return Err(Refused::ListsTooLong(limit));
         }
         lists.append(list, host, &id);

@@ -25,6 +25,9 @@ use super::failure::Failure;
 use crate::control::model::SnapshotState;
 use snapshot::Snapshot;
 
+/// Snapshots that are begun and not ended, as many as a cache takes on one link.
+const SNAPSHOTS: usize = 1024;
+
 /// Why a request is refused, as its reply says it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
@@ -38,7 +41,7 @@ impl Refusal {
         Refusal { errno, reason: reason.into() }
     }
 
-    /// The snapshot is damaged, or the cache is not to be had.
+    /// The snapshot is damaged.
     fn failed(reason: impl Into<String>) -> Refusal {
         Refusal::new(Errno::IO, reason)
     }
@@ -84,6 +87,7 @@ impl Remote {
     }
 
     fn begin(&self, proxy: &Rc<Proxy>, id: &str) -> Result<Rc<Snapshot>, Refusal> {
+        self.make_room()?;
         let cache = proxy.links.destination(&proxy.settings());
         let record = proxy.records.add(id, &cache, SnapshotState::Receiving).ok_or_else(|| {
             Refusal::new(Errno::BUSY, format!("a dump through another socket is snapshot {id}"))
@@ -93,6 +97,23 @@ impl Remote {
             .borrow_mut()
             .insert(self.next.replace(self.next.get() + 1), snapshot.clone());
         Ok(snapshot)
+    }
+
+    /// Forgets the oldest of those that have failed, if there are too many in all.
+    fn make_room(&self) -> Result<(), Refusal> {
+        if self.snapshots.borrow().len() < SNAPSHOTS {
+            return Ok(());
+        }
+        let failed = {
+            let snapshots = self.snapshots.borrow();
+            snapshots.values().find(|snapshot| snapshot.has_failed()).cloned()
+        };
+        let Some(failed) = failed else {
+            let reason = format!("{SNAPSHOTS} snapshots are under way, and none has ended");
+            return Err(Refusal::new(Errno::BUSY, reason));
+        };
+        self.forget(&failed);
+        Ok(())
     }
 
     fn forget(&self, snapshot: &Rc<Snapshot>) {

@@ -32,7 +32,7 @@ pub(super) struct Found {
 pub(super) async fn find(proxy: &Proxy, snapshot: &str, name: &str) -> Result<Found, Refusal> {
     let settings = proxy.settings();
     let cache = proxy.links.destination(&settings);
-    let connection = proxy.links.connect(&cache, &settings).await.map_err(Refusal::failed)?;
+    let connection = proxy.links.connect(&cache, &settings).await.map_err(no_link)?;
     let (size, first) = piece(&connection, snapshot, name, 0).await?;
     let (snapshot, name) = (snapshot.to_owned(), name.to_owned());
     Ok(Found { connection, snapshot, name, size, first })
@@ -87,7 +87,7 @@ async fn piece(
     offset: u64,
 ) -> Result<(u64, Vec<u8>), Refusal> {
     let answer = connection.region(snapshot, name, offset, PIECE).await;
-    let (region, bytes) = answer.ok_or_else(|| Refusal::failed("the link to the cache broke"))?;
+    let (region, bytes) = answer.ok_or_else(|| no_link("the link to the cache broke"))?;
     match region.error {
         0 if bytes.len() as u64 > region.size.saturating_sub(offset) => {
             Err(Refusal::failed(format!("the cache sent more of image {name} than there is")))
@@ -95,6 +95,10 @@ async fn piece(
         0 => Ok((region.size, bytes)),
         error => Err(Refusal::new(errno_of(error), region.reason)),
     }
+}
+
+fn no_link(why: impl Into<String>) -> Refusal {
+    Refusal::new(Errno::NOLINK, why)
 }
 
 /// The errno that a cache names. Linux has none beyond 4095, and rustix panics on what is none.

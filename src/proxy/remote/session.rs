@@ -1,9 +1,11 @@
 //! One client of `img-proxy.sock`, from its first request to its last.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::timeout;
 use tracing::Instrument;
 
@@ -18,7 +20,7 @@ use crate::daemon::sessions::{BadSession, Peer};
 use crate::proxy::Proxy;
 use crate::proxy::failure::Failure;
 use crate::proxy::forward::Forward;
-use crate::proxy::upload::Told;
+use crate::proxy::upload::{Told, Upload, lost};
 use crate::sys::ends::Source;
 
 /// A request that has taken effect as far as others see it; the work is to be done.
@@ -223,16 +225,17 @@ impl Session {
         acknowledge: bool,
     ) -> Result<bool, Failure> {
         let (snapshot, name) = (&writing.snapshot, &writing.name);
+        let limit = self.settings.link.ack_timeout;
         let upload = snapshot.upload(&self.proxy).await?;
         let (image, mut told) = upload.begin_watched_image(name, append).await;
         snapshot.record.begin_image(name, append);
         if acknowledge {
-            hear(&mut told, Told::Ready).await?;
+            hear(&upload, &mut told, Told::Ready, limit).await?;
             self.client.reply(&Reply::done()).await.map_err(|bad| damaged(name, bad))?;
         }
         let source = Rc::new(self.source(snapshot, name).await?);
         let forward = Forward {
-            upload,
+            upload: upload.clone(),
             image,
             name: name.clone(),
             source: source.clone(),
@@ -249,7 +252,7 @@ impl Session {
         };
         ended?;
         if acknowledge {
-            hear(&mut told, Told::Acknowledged).await?;
+            hear(&upload, &mut told, Told::Acknowledged, limit).await?;
         }
         Ok(matches!(*source, Source::Pipe(_)))
     }
@@ -271,17 +274,19 @@ impl Session {
 
     /// Each id begins its snapshot, and goes to the end of the list at the cache.
     async fn append(&self, list: &str, acknowledge: bool) -> Result<(), Refusal> {
-        let limit = self.settings.sessions.stall_timeout;
+        let patience = self.settings.sessions.stall_timeout;
+        let limit = self.settings.link.ack_timeout;
         if acknowledge {
             self.client.reply(&Reply::done()).await.map_err(|bad| refusal_of(&bad))?;
         }
-        while let Some(id) = self.client.entry(limit).await.map_err(|bad| refusal_of(&bad))? {
+        while let Some(id) = self.client.entry(patience).await.map_err(|bad| refusal_of(&bad))? {
             let snapshot = self.proxy.remote.listed(&self.proxy, &id)?;
             let listed = async {
                 let upload = snapshot.upload(&self.proxy).await?;
                 upload.list(list).await;
-                if acknowledge && !upload.ready().await {
-                    return Err(Failure::Lost("the link to the cache broke".to_owned()));
+                if acknowledge {
+                    let ready = timeout(limit, upload.ready()).await;
+                    ready.unwrap_or_else(|_| Err(unanswered(limit)))?;
                 }
                 Ok::<_, Failure>(())
             };
@@ -375,15 +380,24 @@ fn take(proxy: &Rc<Proxy>, come: Result<Option<Request>, BadClient>) -> Next {
 
 /// Waits for what the cache says of an image.
 async fn hear(
-    told: &mut tokio::sync::mpsc::UnboundedReceiver<Told>,
+    upload: &Upload,
+    told: &mut UnboundedReceiver<Told>,
     wanted: Told,
+    limit: Duration,
 ) -> Result<(), Failure> {
-    while let Some(said) = told.recv().await {
-        if said == wanted {
-            return Ok(());
+    let heard = async {
+        while let Some(said) = told.recv().await {
+            if said == wanted {
+                return Ok(());
+            }
         }
-    }
-    Err(Failure::Lost("the link to the cache broke".to_owned()))
+        Err(lost(upload.fate().await))
+    };
+    timeout(limit, heard).await.unwrap_or_else(|_| Err(unanswered(limit)))
+}
+
+fn unanswered(limit: Duration) -> Failure {
+    Failure::Lost(format!("the cache did not answer within {limit:?}"))
 }
 
 fn damaged(name: &str, bad: BadClient) -> Failure {
@@ -395,12 +409,7 @@ fn damaged(name: &str, bad: BadClient) -> Failure {
 }
 
 fn refusal_of(bad: &BadClient) -> Refusal {
-    let errno = match bad {
-        BadClient::Session(BadSession::Late(_)) => Errno::TIMEDOUT,
-        BadClient::Session(BadSession::Io(_)) => Errno::IO,
-        BadClient::Session(_) | BadClient::Header(_) => Errno::INVAL,
-    };
-    Refusal::new(errno, bad.to_string())
+    Refusal::new(bad.errno(), bad.to_string())
 }
 
 /// A session that the client has not ended itself.
