@@ -97,15 +97,7 @@ impl Connection {
         writer: Writer,
         settings: &LinkSettings,
     ) -> (Rc<Connection>, impl Future<Output = String> + 'static) {
-        let (commands, queue) = mpsc::channel(QUEUE);
-        let connection = Rc::new(Connection {
-            commands,
-            waiting: RefCell::default(),
-            next: Cell::new(0),
-            next_region: Cell::new(0),
-            regions: Arc::new(Semaphore::new(REGIONS_MAX)),
-            closed: Cell::new(false),
-        });
+        let (connection, queue) = Connection::new(QUEUE);
         let shared = connection.clone();
         let settings = settings.clone();
         let over = async move {
@@ -117,19 +109,34 @@ impl Connection {
         (connection, over)
     }
 
+    /// A connection, and what it is told to do, of which so much may wait.
+    pub(super) fn new(queue: usize) -> (Rc<Connection>, mpsc::Receiver<Command>) {
+        let (commands, queue) = mpsc::channel(queue);
+        let connection = Rc::new(Connection {
+            commands,
+            waiting: RefCell::default(),
+            next: Cell::new(0),
+            next_region: Cell::new(0),
+            regions: Arc::new(Semaphore::new(REGIONS_MAX)),
+            closed: Cell::new(false),
+        });
+        (connection, queue)
+    }
+
     /// Begins a snapshot. One that is `named` is kept for those who ask for it by its id.
     pub async fn begin(self: &Rc<Self>, id: &str, named: bool) -> Upload {
+        let place = self.place().await;
         let snapshot = self.next.replace(self.next.get().wrapping_add(1));
         let (fate_sender, ready_sender) = (watch::Sender::new(Fate::Open), watch::Sender::new(0));
         let (fate, ready) = (fate_sender.subscribe(), ready_sender.subscribe());
-        {
+        // Without a place nobody will ever tell what becomes of it, and the senders go.
+        if let Some(place) = place {
             let mut waiting = self.waiting.borrow_mut();
             waiting.fates.insert(snapshot, fate_sender);
             waiting.ready.insert(snapshot, ready_sender);
+            place.send(Command::Begin { snapshot, id: id.to_owned(), named });
         }
-        let upload = Upload::new(self.clone(), snapshot, fate, ready);
-        self.tell(Command::Begin { snapshot, id: id.to_owned(), named }).await;
-        upload
+        Upload::new(self.clone(), snapshot, fate, ready)
     }
 
     /// Asks for a part of an image that the cache has, when not too many others are asked for. `None`
@@ -196,7 +203,14 @@ impl Connection {
         let _ = self.commands.send(command).await;
     }
 
-    /// The same without waiting, for those that cannot.
+    /// A place in the queue, for a command with a number. Those have to come in order, and who waits
+    /// for a place may be overtaken: the number is chosen when the place is there. `None` on a
+    /// connection that has broken.
+    pub(super) async fn place(&self) -> Option<mpsc::Permit<'_, Command>> {
+        self.commands.reserve().await.ok()
+    }
+
+    /// Has the lane do something without waiting, for those that cannot.
     pub(super) fn try_tell(&self, command: Command) {
         let _ = self.commands.try_send(command);
     }

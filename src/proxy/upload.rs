@@ -92,9 +92,7 @@ impl Upload {
 
     /// Begins an image, or goes on at its end; the number is for the calls that follow.
     pub async fn begin_image(&self, name: &str, append: bool) -> u32 {
-        let image = self.next_image();
-        self.begin_image_as(image, name, append).await;
-        image
+        self.begin_image_with(name, append, |_| ()).await.0
     }
 
     /// The same, for a writer that wants to hear what the cache says of it.
@@ -103,19 +101,25 @@ impl Upload {
         name: &str,
         append: bool,
     ) -> (u32, mpsc::UnboundedReceiver<Told>) {
-        let image = self.next_image();
-        let told = self.connection.watch_image(self.snapshot, image);
-        self.begin_image_as(image, name, append).await;
-        (image, told)
+        let watch = |image| self.connection.watch_image(self.snapshot, image);
+        self.begin_image_with(name, append, watch).await
     }
 
-    fn next_image(&self) -> u32 {
-        self.next_image.replace(self.next_image.get().wrapping_add(1))
-    }
-
-    async fn begin_image_as(&self, image: u32, name: &str, append: bool) {
-        let (snapshot, name) = (self.snapshot, name.to_owned());
-        self.connection.tell(Command::BeginImage { snapshot, image, name, append }).await;
+    /// Does something with the number of an image before the cache can hear of it.
+    async fn begin_image_with<T>(
+        &self,
+        name: &str,
+        append: bool,
+        prepare: impl FnOnce(u32) -> T,
+    ) -> (u32, T) {
+        let place = self.connection.place().await;
+        let image = self.next_image.replace(self.next_image.get().wrapping_add(1));
+        let prepared = prepare(image);
+        if let Some(place) = place {
+            let (snapshot, name) = (self.snapshot, name.to_owned());
+            place.send(Command::BeginImage { snapshot, image, name, append });
+        }
+        (image, prepared)
     }
 
     /// Sends what has come of an image, at most one chunk.
@@ -207,5 +211,74 @@ impl Drop for Upload {
             self.connection.try_tell(Command::Abort { snapshot: self.snapshot, reason });
         }
         self.connection.forget(self.snapshot);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::task::{LocalSet, spawn_local, yield_now};
+
+    /// The queue is full, and somebody waits. They get a place, and before they run, somebody else
+    /// comes and finds one, too.
+    async fn overtake(
+        waits: impl Future<Output = ()> + 'static,
+        queue: &mut mpsc::Receiver<Command>,
+        overtakes: impl Future<Output = ()>,
+    ) -> [Command; 2] {
+        let waits = spawn_local(waits);
+        yield_now().await;
+        assert!(!waits.is_finished());
+        while queue.try_recv().is_ok() {}
+        overtakes.await;
+        waits.await.unwrap();
+        [queue.recv().await.unwrap(), queue.recv().await.unwrap()]
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn numbers_grow_in_the_order_in_which_the_lane_gets_them() {
+        let overtaking = async {
+            let (connection, mut queue) = Connection::new(2);
+            let upload = Rc::new(connection.begin("web", true).await);
+            upload.begin_image("first", false).await;
+            let waits = upload.clone();
+            let waits = async move { _ = waits.begin_image("waits", false).await };
+            let overtakes = async { _ = upload.begin_image("overtakes", false).await };
+            let [
+                Command::BeginImage { image: one, name, .. },
+                Command::BeginImage { image: other, .. },
+            ] = overtake(waits, &mut queue, overtakes).await
+            else {
+                panic!()
+            };
+            assert_eq!((name.as_str(), one, other), ("overtakes", 1, 2));
+
+            let (connection, mut queue) = Connection::new(2);
+            let kept = [connection.begin("1", true).await, connection.begin("2", true).await];
+            let waits = connection.clone();
+            let waits = async move { std::mem::forget(waits.begin("waits", true).await) };
+            let overtakes = async { std::mem::forget(connection.begin("overtakes", true).await) };
+            let [Command::Begin { snapshot: one, id, .. }, Command::Begin { snapshot: other, .. }] =
+                overtake(waits, &mut queue, overtakes).await
+            else {
+                panic!()
+            };
+            assert_eq!((id.as_str(), one, other), ("overtakes", 2, 3));
+            drop(kept);
+        };
+        LocalSet::new().run_until(overtaking).await;
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_snapshot_that_waits_while_the_link_breaks_is_lost() {
+        let (connection, queue) = Connection::new(1);
+        let kept = connection.begin("web", true).await;
+        let (begun, ()) = tokio::join!(connection.begin("waits", true), async {
+            drop(queue);
+            connection.close("it broke");
+        });
+        assert!(matches!(begun.fate().await, Fate::Lost(_)));
+        assert!(begun.ready().await.is_err());
+        assert_eq!(kept.fate().await, Fate::Lost("it broke".to_owned()));
     }
 }
