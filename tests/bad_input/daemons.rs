@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use criu_image_relay::control::model::{Snapshot, SnapshotState};
+use criu_image_relay::control::model::{Snapshot, SnapshotState, Status};
 use criu_image_relay::control::{Client, ClientError, Reading};
 use criu_image_relay::daemon::CONTROL_SOCKET;
 use tempfile::TempDir;
@@ -65,9 +65,18 @@ impl Daemon {
         settings: Settings<'_>,
         files: Option<u32>,
     ) -> Result<Daemon, String> {
+        Daemon::cache_by(&exec_with_files(files), address, settings)
+    }
+
+    /// The same, started by `exec`: what a shell is to do with the command that follows.
+    pub(crate) fn cache_by(
+        exec: &str,
+        address: SocketAddr,
+        settings: Settings<'_>,
+    ) -> Result<Daemon, String> {
         let listen = format!("{:?}", address.to_string());
         let base = [("listen", listen.as_str()), ("store.max-bytes", "\"64M\"")];
-        Daemon::start(env!("CARGO_BIN_EXE_criu-image-cache"), &base, settings, files)
+        Daemon::start(env!("CARGO_BIN_EXE_criu-image-cache"), &base, settings, exec)
     }
 
     /// A proxy that sends to `cache`.
@@ -81,16 +90,25 @@ impl Daemon {
         cache: SocketAddr,
         settings: Settings<'_>,
     ) -> Daemon {
+        Daemon::proxy_by(&exec_with_files(files), cache, settings).unwrap()
+    }
+
+    /// The same, started by `exec`: what a shell is to do with the command that follows.
+    pub(crate) fn proxy_by(
+        exec: &str,
+        cache: SocketAddr,
+        settings: Settings<'_>,
+    ) -> Result<Daemon, String> {
         let (cache, name) = (format!("{:?}", cache.to_string()), format!("{SOURCE:?}"));
         let base = [("cache", cache.as_str()), ("name", name.as_str())];
-        Daemon::start(env!("CARGO_BIN_EXE_criu-image-proxy"), &base, settings, files).unwrap()
+        Daemon::start(env!("CARGO_BIN_EXE_criu-image-proxy"), &base, settings, exec)
     }
 
     fn start(
         binary: &str,
         base: Settings<'_>,
         settings: Settings<'_>,
-        files: Option<u32>,
+        exec: &str,
     ) -> Result<Daemon, String> {
         let dir = tempfile::tempdir().unwrap();
         let all: BTreeMap<_, _> = base.iter().chain(settings).copied().collect();
@@ -99,10 +117,11 @@ impl Daemon {
         fs::write(&config, lines.collect::<String>()).unwrap();
 
         let mut command = Command::new("sh");
-        let limit = files.map_or(String::new(), |files| format!("ulimit -n {files}; "));
-        command.args(["-c", &format!("{limit}exec \"$@\""), "sh", binary]);
+        command.args(["-c", &format!("{exec} \"$@\""), "sh", binary]);
         command.arg("--config").arg(config).arg("--work-dir").arg(dir.path());
-        for variable in ["JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC"] {
+        for variable in
+            ["JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC", "LD_LIBRARY_PATH"]
+        {
             command.env_remove(variable);
         }
         let mut child = command
@@ -132,6 +151,13 @@ impl Daemon {
         }
     }
 
+    /// Stops it as systemd does, and waits until it has.
+    pub(crate) fn stop(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert!(self.child.wait().unwrap().success(), "{}", self.log.text());
+    }
+
     /// The directory of its sockets.
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
@@ -159,18 +185,28 @@ impl Daemon {
 
     /// How much memory it takes, without that of images.
     pub(crate) fn resident_bytes(&self) -> u64 {
-        self.memory("RssAnon:")
+        self.proc_status("RssAnon:") << 10
     }
 
     /// How much memory it has ever asked for, whether it used it or not.
     pub(crate) fn peak_bytes(&self) -> u64 {
-        self.memory("VmPeak:")
+        self.proc_status("VmPeak:") << 10
     }
 
-    fn memory(&self, field: &str) -> u64 {
+    /// How many threads it has.
+    pub(crate) fn threads(&self) -> u64 {
+        self.proc_status("Threads:")
+    }
+
+    /// How many descriptors it has open.
+    pub(crate) fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    fn proc_status(&self, field: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let kib = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
-        kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+        let value = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        value.split_whitespace().next().unwrap().parse().unwrap()
     }
 
     /// A snapshot as `criu-imagectl show` has it.
@@ -214,7 +250,7 @@ impl Daemon {
     pub(crate) fn assert_held(&self, bytes: u64) {
         let mut held = 0;
         let reached = eventually(|| {
-            held = self.control(async |client| client.status().await).unwrap().held_bytes;
+            held = self.status().held_bytes;
             held == bytes
         });
         assert!(reached, "{held} bytes are held, not {bytes}\n{}", self.log.text());
@@ -222,7 +258,12 @@ impl Daemon {
 
     /// How many sessions are under way.
     pub(crate) fn sessions(&self) -> u64 {
-        self.control(async |client| client.status().await).unwrap().sessions
+        self.status().sessions
+    }
+
+    /// What `criu-imagectl status` has.
+    pub(crate) fn status(&self) -> Status {
+        self.control(async |client| client.status().await).unwrap()
     }
 
     /// Drops a snapshot.
@@ -255,6 +296,10 @@ impl Daemon {
             tokio::time::timeout(SOON, talk).await.expect("the daemon answers")
         })
     }
+}
+
+fn exec_with_files(files: Option<u32>) -> String {
+    files.map_or("exec".to_owned(), |files| format!("ulimit -n {files}; exec"))
 }
 
 impl Drop for Daemon {

@@ -7,6 +7,8 @@
 
 mod cache_standin;
 mod criu;
+// The tests of tests/remote use it, too.
+#[allow(dead_code)]
 mod daemons;
 mod hosts;
 mod link;
