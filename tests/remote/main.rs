@@ -18,6 +18,7 @@ mod hosts;
 
 mod client;
 
+mod clients;
 mod lists;
 mod many;
 mod order;
