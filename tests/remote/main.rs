@@ -19,6 +19,7 @@ mod hosts;
 mod client;
 
 mod clients;
+mod files;
 mod lists;
 mod many;
 mod order;
