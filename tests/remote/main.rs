@@ -17,10 +17,12 @@ mod daemons;
 mod hosts;
 
 mod client;
+mod historical;
 
 mod clients;
 mod files;
 mod lists;
 mod many;
+mod old_clients;
 mod order;
 mod waiting;
