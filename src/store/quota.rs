@@ -131,6 +131,13 @@ impl Charge {
     pub fn join(&mut self, mut other: Charge) {
         self.bytes += std::mem::take(&mut other.bytes);
     }
+
+    /// Gives back a part of it before its end.
+    pub fn give_back(&mut self, bytes: u64) {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        drop(Charge { account: self.account.clone(), bytes });
+    }
 }
 
 impl Drop for Charge {

@@ -1,9 +1,9 @@
 //! Images live in memfds: pages that belong to no disk and go back to the kernel when the last
 //! descriptor is closed.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::io::{Errno, Result};
 
 /// The kernel takes this many bytes of a memfd's name.
@@ -19,6 +19,12 @@ pub fn create(name: &str) -> Result<OwnedFd> {
         Err(Errno::INVAL) => memfd_create(name, flags),
         made => made,
     }
+}
+
+/// Gives whole pages of a memfd back to the kernel, `len` bytes from `offset` on; the file stays as long as
+/// it is, and reads there give zeros. A page that was spliced into a pipe stays in the pipe.
+pub fn punch(memfd: impl AsFd, offset: u64, len: u64) -> Result<()> {
+    fallocate(memfd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
 }
 
 fn shorten(name: &str) -> &str {
