@@ -15,6 +15,7 @@ mod check;
 mod claim;
 mod image;
 mod lists;
+pub mod pages;
 mod quota;
 mod snapshot;
 
