@@ -1,0 +1,176 @@
+//! What a round of pages costs the store, and whether that grows with the chain:
+//!
+//! ```text
+//! cargo bench --bench layers [-- --mib 256 --rounds 50]
+//! ```
+//!
+//! The first round brings all memory. Each later one dirties 5 % of it in random runs of 1 to 64 pages and
+//! inherits the rest, as CRIU does; its parent is dropped when it is committed. The whole is done once
+//! so, and once with every snapshot kept.
+//!
+//! - index: giving the round's runs their places, and inheriting what is between them;
+//! - commit: making the round a snapshot; release: dropping its parent and giving back its pages;
+//! - runs: how many there are in the round, and in the new flat pagemap.
+//!
+//! To write the pages is not measured.
+
+// A benchmark fails by panicking.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use criu_image_relay::store::pages::{Flat, PAGE, PageRange, Round};
+use criu_image_relay::store::{Charge, Quota};
+
+/// The one page space.
+const SPACE: u64 = 7;
+
+fn main() {
+    let pages = option("--mib", 256) * 256;
+    let rounds = option("--rounds", 50);
+    for keep in [false, true] {
+        let parents = if keep { "kept" } else { "dropped" };
+        println!("{pages} pages, 5 % dirtied in each round; parents are {parents}");
+        println!(
+            "{:>5} {:>11} {:>11} {:>11} {:>9} {:>9} {:>7} {:>12} {:>12}",
+            "round",
+            "index us",
+            "commit us",
+            "release us",
+            "runs",
+            "flat",
+            "layers",
+            "charged KiB",
+            "held KiB"
+        );
+        chain(pages, rounds, keep);
+    }
+}
+
+fn chain(pages: u64, rounds: u64, keep: bool) {
+    let quota = Quota::new(u64::MAX);
+    let (mut random, mut kept) = (Random(0x2545_f491_4f6c_dd1d), Vec::new());
+    let all = PageRange::new(0, pages).unwrap();
+    let mut newest: Option<Flat<u64>> = None;
+    for number in 1..=rounds {
+        let dirty = if number == 1 { vec![all] } else { random.dirty(pages) };
+        let clean = between(&dirty, pages);
+        let charges: Vec<Charge> =
+            dirty.iter().map(|range| charge(&quota, range.bytes())).collect();
+
+        let begun = Instant::now();
+        let mut round = Round::new(newest.clone());
+        let mut places = Vec::new();
+        for (range, charge) in dirty.iter().zip(charges) {
+            places.push(round.accept(&SPACE, *range, 0, charge).unwrap());
+        }
+        for range in &clean {
+            round.inherit(&SPACE, *range).unwrap();
+        }
+        let index = begun.elapsed();
+        for place in places {
+            let bytes = vec![1; usize::try_from(place.bytes()).unwrap()];
+            place.layer().file().write_all_at(&bytes, place.offset()).unwrap();
+            round.filled(place);
+        }
+
+        let begun = Instant::now();
+        let flat = round.commit().unwrap();
+        let commit = begun.elapsed();
+        kept.extend(newest.replace(flat).filter(|_| keep));
+        let release = begun.elapsed().saturating_sub(commit);
+
+        if [1, 2, 10, 25, 50].contains(&number) || number % 100 == 0 {
+            let flat = newest.as_ref().unwrap().space(&SPACE).unwrap();
+            let (layers, held) = memory(newest.iter().chain(&kept));
+            println!(
+                "{number:>5} {:>11.1} {:>11.1} {:>11.1} {:>9} {:>9} {layers:>7} {:>12} {:>12}",
+                micros(index),
+                micros(commit),
+                micros(release),
+                dirty.len() + clean.len(),
+                flat.len(),
+                quota.used() / 1024,
+                held / 1024
+            );
+        }
+    }
+    let begun = Instant::now();
+    drop((newest, kept));
+    println!("everything dropped in {:.1} us\n", micros(begun.elapsed()));
+    assert_eq!(quota.used(), 0);
+}
+
+/// How many layers the snapshots see, and how many bytes the kernel holds for them.
+fn memory<'a>(flats: impl Iterator<Item = &'a Flat<u64>>) -> (usize, u64) {
+    let mut layers = BTreeMap::new();
+    for flat in flats {
+        for run in flat.space(&SPACE).unwrap().runs() {
+            layers.insert(Rc::as_ptr(run.layer()), run.layer().clone());
+        }
+    }
+    let blocks = layers.values().map(|layer| layer.file().metadata().unwrap().blocks());
+    (layers.len(), blocks.sum::<u64>() * 512)
+}
+
+fn charge(quota: &Quota, bytes: u64) -> Charge {
+    let mut charging = pin!(quota.charge(bytes, || 0, Duration::ZERO));
+    match charging.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(charge) => charge.unwrap(),
+        Poll::Pending => panic!("the quota is without end"),
+    }
+}
+
+/// What lies between the dirty ranges.
+fn between(dirty: &[PageRange], pages: u64) -> Vec<PageRange> {
+    let starts = [0].into_iter().chain(dirty.iter().map(|range| range.end_address()));
+    let ends = dirty.iter().map(|range| range.address()).chain([pages * PAGE]);
+    starts
+        .zip(ends)
+        .filter(|(start, end)| start < end)
+        .map(|(start, end)| PageRange::new(start, (end - start) / PAGE).unwrap())
+        .collect()
+}
+
+/// Marsaglia's xorshift: every run of the benchmark takes the same pages.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+
+    /// A twentieth of the pages, in runs that do not overlap, in order.
+    fn dirty(&mut self, pages: u64) -> Vec<PageRange> {
+        let mut taken = BTreeMap::new();
+        let mut left = pages / 20;
+        while left > 0 {
+            let len = (1 + self.below(64)).min(left);
+            let start = self.below(pages - len);
+            let before = taken.range(..start + len).next_back();
+            if before.is_none_or(|(begin, count)| begin + count <= start) {
+                taken.insert(start, len);
+                left -= len;
+            }
+        }
+        let range = |(start, count): (u64, u64)| PageRange::new(start * PAGE, count).unwrap();
+        taken.into_iter().map(range).collect()
+    }
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+fn option(name: &str, default: u64) -> u64 {
+    let mut arguments = std::env::args().skip_while(|argument| argument != name).skip(1);
+    arguments.next().map_or(default, |value| value.parse().unwrap())
+}
