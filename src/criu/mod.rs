@@ -1,9 +1,13 @@
-//! What CRIU says: one file per protocol, codecs and session state machines without sockets.
+//! What CRIU says: one module per protocol, codecs and session state machines without sockets.
+//!
+//! Nothing is wired yet to [`pagemap`] and [`pages`].
 
 pub mod capture;
 mod historical;
 pub mod images;
 pub mod names;
+pub mod pagemap;
+pub mod pages;
 pub mod remote;
 pub mod stream;
 
