@@ -3,7 +3,7 @@
 //!
 //! Headers of 24 or 32 bytes, little-endian; the two dialects do not announce themselves
 //! ([`header`]). A header is a command ([`command`], [`kind`]), and pages may follow it. Some are answered
-//! ([`answer`]).
+//! ([`answer`]). [`session`] checks the order of what a dump sends.
 
 pub mod header;
 
@@ -12,3 +12,5 @@ pub mod kind;
 pub mod command;
 
 pub mod answer;
+
+pub mod session;
