@@ -118,6 +118,11 @@ impl Bed {
         succeeded(&command, &self.run(host, command))
     }
 
+    /// Copies what is in a directory of the machine into one of a host.
+    pub(crate) fn copy(&self, host: Host, from: &Path, to: &str) {
+        self.hosts(&["copy", host.name(), from.to_str().unwrap(), to]);
+    }
+
     /// Starts a command that goes on by itself.
     pub(crate) fn spawn<S: AsRef<OsStr>>(&self, host: Host, command: &[S]) -> Child {
         let mut run = self.command(host, command);

@@ -15,4 +15,5 @@ mod directories;
 mod failures;
 mod limits;
 mod migration;
+mod page_server;
 mod service;
