@@ -37,6 +37,21 @@ fn a_snapshot_passes_from_the_proxy_to_the_cache() {
         assert_eq!(ctl(destination, &["extract", extracted.to_str().unwrap()]).0, 0);
         assert_eq!(fs::read(extracted.join("pages-1.img")).unwrap(), pages);
 
+        // Images by name go the same way, and are read back over it.
+        let image = images.join("pages-1.img");
+        let put = ["put", "--list", "named", image.to_str().unwrap()];
+        assert_eq!(ctl(source, &put), (0, String::new()));
+        let (back, there) = (source.join("back"), destination.join("there"));
+        let read = ["get", "--to", back.to_str().unwrap(), "named", "pages-1.img"];
+        assert_eq!(ctl(source, &read).0, 0);
+        assert_eq!(ctl(source, &["finish", "named"]), (0, String::new()));
+        let read = ["get", "--to", there.to_str().unwrap(), "named", "pages-1.img"];
+        assert_eq!(ctl(destination, &read).0, 0);
+        for dir in [back, there] {
+            assert_eq!(fs::read(dir.join("pages-1.img")).unwrap(), pages);
+        }
+        assert_eq!(ctl(destination, &["finish", "named"]), (0, String::new()));
+
         // The restore is still to come when the proxy has gone.
         proxy.signal(Signal::TERM);
         assert!(proxy.status().success());
