@@ -1,6 +1,7 @@
 //! The remote protocol at the source host: snapshots whose images come on many connections, by name.
 //!
-//! - [`session`]: one client, from its first request to its last.
+//! - [`session`]: one client, from its first request to its last; `task` is what a request does at once,
+//!   `write` an image on its way.
 //! - `snapshot`: a snapshot that its clients have begun and not ended.
 //! - `read`: what a dump reads of its parents.
 //!
@@ -11,6 +12,8 @@
 mod read;
 pub(super) mod session;
 mod snapshot;
+mod task;
+mod write;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};

@@ -1,61 +1,24 @@
 //! One client of `img-proxy.sock`, from its first request to its last.
 
 use std::rc::Rc;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::net::UnixStream;
-use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::timeout;
 use tracing::Instrument;
 
 use super::read::Found;
 use super::snapshot::{Snapshot, Writing};
-use super::{Appending, Refusal, read};
+use super::task::{Next, Task, take};
+use super::write::unanswered;
+use super::{Refusal, read};
 use crate::config::{ProxySettings, Reads};
-use crate::criu::remote::{PARENT, Reply, Request};
+use crate::criu::remote::{PARENT, Reply};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
-use crate::daemon::sessions::{BadSession, Peer};
+use crate::daemon::sessions::Peer;
 use crate::proxy::Proxy;
 use crate::proxy::failure::Failure;
-use crate::proxy::forward::Forward;
-use crate::proxy::upload::{Told, Upload, lost};
-use crate::sys::ends::Source;
-
-/// A request that has taken effect as far as others see it; the work is to be done.
-#[derive(Debug)]
-enum Task {
-    Write {
-        writing: Writing,
-        append: bool,
-        acknowledge: bool,
-    },
-    Append {
-        appending: Appending,
-        acknowledge: bool,
-    },
-    Read {
-        snapshot: String,
-        name: String,
-        pipe: Option<bool>,
-    },
-    ReadList {
-        list: String,
-        pipe: bool,
-    },
-    End {
-        snapshot: Rc<Snapshot>,
-        images: Option<u64>,
-        acknowledge: bool,
-    },
-    EndAll(Vec<Rc<Snapshot>>),
-    /// It is refused; the client is told, if it listens.
-    Refused {
-        refusal: Refusal,
-        listens: bool,
-    },
-}
 
 /// Why a session ends before the client ends it.
 #[derive(Debug, thiserror::Error)]
@@ -83,12 +46,11 @@ pub(in crate::proxy) fn serve(
     }
 }
 
-type Next = Result<Option<Task>, BadClient>;
-
-struct Session {
-    proxy: Rc<Proxy>,
-    settings: Rc<ProxySettings>,
-    client: Client,
+/// A client and what serves it.
+pub(super) struct Session {
+    pub(super) proxy: Rc<Proxy>,
+    pub(super) settings: Rc<ProxySettings>,
+    pub(super) client: Client,
     peer: Peer,
 }
 
@@ -217,61 +179,6 @@ impl Session {
         Ok(go_on)
     }
 
-    /// From the header to the image's end, and for an acknowledged one until the cache has it.
-    async fn write_image(
-        &self,
-        writing: &Writing,
-        append: bool,
-        acknowledge: bool,
-    ) -> Result<bool, Failure> {
-        let (snapshot, name) = (&writing.snapshot, &writing.name);
-        let limit = self.settings.link.ack_timeout;
-        let upload = snapshot.upload(&self.proxy).await?;
-        let (image, mut told) = upload.begin_watched_image(name, append).await;
-        snapshot.record.begin_image(name, append);
-        if acknowledge {
-            hear(&upload, &mut told, Told::Ready, limit).await?;
-            self.client.reply(&Reply::done()).await.map_err(|bad| damaged(name, bad))?;
-        }
-        let source = Rc::new(self.source(snapshot, name).await?);
-        let forward = Forward {
-            upload: upload.clone(),
-            image,
-            name: name.clone(),
-            source: source.clone(),
-            record: snapshot.record.clone(),
-            records: self.proxy.records.clone(),
-            written: snapshot.written.clone(),
-            stall_timeout: self.settings.sessions.stall_timeout,
-            pipe_size: usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX),
-        };
-        let ended = if acknowledge {
-            forward.run_until_said(self.client.said_its_end(&source)).await
-        } else {
-            forward.run().await
-        };
-        ended?;
-        if acknowledge {
-            hear(&upload, &mut told, Told::Acknowledged, limit).await?;
-        }
-        Ok(matches!(*source, Source::Pipe(_)))
-    }
-
-    /// Waits for the first byte of an image, or its pipe, as long as an image may stand still.
-    async fn source(&self, snapshot: &Snapshot, name: &str) -> Result<Source, Failure> {
-        let limit = self.settings.sessions.stall_timeout;
-        loop {
-            match timeout(limit, self.client.source(name)).await {
-                Ok(source) => return source.map_err(|bad| damaged(name, bad)),
-                Err(_) if snapshot.written.get().elapsed() < limit => {}
-                Err(_) => {
-                    let cause = format!("nothing was written for {limit:?}");
-                    return Err(Failure::Image { name: name.to_owned(), cause });
-                }
-            }
-        }
-    }
-
     /// Each id begins its snapshot, and goes to the end of the list at the cache.
     async fn append(&self, list: &str, acknowledge: bool) -> Result<(), Refusal> {
         let patience = self.settings.sessions.stall_timeout;
@@ -341,70 +248,6 @@ impl Session {
             let _ = snapshot.finish(&self.proxy, None, partial).await;
             self.proxy.remote.forget(snapshot);
         }
-    }
-}
-
-/// What a request does at once.
-fn take(proxy: &Rc<Proxy>, come: Result<Option<Request>, BadClient>) -> Next {
-    let Some(request) = come? else { return Ok(None) };
-    let refused = |listens| move |refusal| Task::Refused { refusal, listens };
-    let task =
-        match request {
-            Request::Write { snapshot, name, append, acknowledge } => proxy
-                .remote
-                .written(proxy, &snapshot)
-                .and_then(|snapshot| snapshot.open(&name))
-                .map_or_else(refused(acknowledge), |writing| Task::Write {
-                    writing,
-                    append,
-                    acknowledge,
-                }),
-            Request::AppendToList { list, acknowledge } => {
-                Task::Append { appending: proxy.remote.append(&list), acknowledge }
-            }
-            Request::Read { snapshot, name, pipe } => Task::Read { snapshot, name, pipe },
-            Request::ReadList { list, pipe } => Task::ReadList { list, pipe },
-            Request::EndOfDump { snapshot, images, acknowledge } => {
-                proxy.remote.ending(&snapshot).map_or_else(refused(acknowledge), |snapshot| {
-                    Task::End { snapshot, images, acknowledge }
-                })
-            }
-            Request::HistoricalEndOfDump => Task::EndAll(proxy.remote.all_ending()),
-            Request::EndOfRestore { .. } | Request::HistoricalEndOfRestore => {
-                let reason = "a restore ends at the cache, not at the proxy";
-                refused(true)(Refusal::new(Errno::INVAL, reason))
-            }
-        };
-    Ok(Some(task))
-}
-
-/// Waits for what the cache says of an image.
-async fn hear(
-    upload: &Upload,
-    told: &mut UnboundedReceiver<Told>,
-    wanted: Told,
-    limit: Duration,
-) -> Result<(), Failure> {
-    let heard = async {
-        while let Some(said) = told.recv().await {
-            if said == wanted {
-                return Ok(());
-            }
-        }
-        Err(lost(upload.fate().await))
-    };
-    timeout(limit, heard).await.unwrap_or_else(|_| Err(unanswered(limit)))
-}
-
-fn unanswered(limit: Duration) -> Failure {
-    Failure::Lost(format!("the cache did not answer within {limit:?}"))
-}
-
-fn damaged(name: &str, bad: BadClient) -> Failure {
-    match bad {
-        // It names the image itself.
-        BadClient::Session(bad @ BadSession::Pipe { .. }) => bad.into(),
-        bad => Failure::Image { name: name.to_owned(), cause: bad.to_string() },
     }
 }
 
