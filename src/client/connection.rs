@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use super::Error;
 use crate::criu::remote::{HEADER_MAX, LENGTH_LEN, Reply, message_len};
-use crate::sys::{scm, unix};
+use crate::sys::scm;
+use crate::sys::unix::{self, is_close};
 
 /// A connection to a daemon.
 #[derive(Debug)]
@@ -80,12 +81,4 @@ fn unless_closed(said: io::Result<()>) -> Result<(), Error> {
         Err(error) if is_close(&error) => Ok(()),
         said => said.map_err(Error::Io),
     }
-}
-
-/// Whether an error means that the daemon has closed its end.
-pub(super) fn is_close(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof
-    )
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use rustix::io::Errno;
 
-use crate::criu::remote::Reply;
+use crate::criu::remote::{Reply, errno_of};
 
 /// Why an image is not written or read, or nothing else is done. Where the daemon said so, in its words.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +48,7 @@ pub enum Error {
 impl Error {
     /// What a reply with an error says.
     pub(super) fn told(reply: Reply) -> Error {
-        let errno = i32::try_from(reply.error).map_or(Errno::IO, Errno::from_raw_os_error);
+        let errno = errno_of(reply.error);
         let reason = if reply.reason.is_empty() { errno.to_string() } else { reply.reason };
         match errno {
             Errno::NOENT => Error::NotFound(reason),

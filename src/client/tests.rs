@@ -233,6 +233,12 @@ fn what_is_not_there_is_not_what_cannot_be_reached() {
 }
 
 #[test]
+fn what_is_no_errno_of_linux_is_eio() {
+    let told = Reply { error: 5000, reason: "odd".to_owned(), size: None };
+    assert_eq!(Error::told(told).errno(), Some(Errno::IO));
+}
+
+#[test]
 fn a_list_is_appended_to_and_read() {
     let (client, served) = Peer::at(PROXY_SOCKET).serve(|mut session| {
         assert_eq!(

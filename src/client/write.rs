@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 
-use super::connection::{Connection, is_close};
+use super::connection::Connection;
 use super::{Error, Way};
 use crate::sys::pump;
+use crate::sys::unix::is_close;
 
 /// An image that is being written.
 ///

@@ -51,6 +51,15 @@ pub fn check_list(list: &str) -> Result<(), BadName> {
     if list.is_empty() { Ok(()) } else { check("name of a list", list) }
 }
 
+/// As much of a text as `max` bytes hold, cut between two characters.
+pub fn cut(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
 fn check(what: &'static str, name: &str) -> Result<(), BadName> {
     if name.is_empty() {
         bad(what, name, "it is empty")

@@ -3,10 +3,12 @@
 //! protobuf message.
 
 use prost::Message;
+use rustix::io::Errno;
 
 use super::generated::remote::{LocalImageEntry, LocalImageReplyEntry, SnapshotIdEntry};
 use super::historical::{self, Side};
-use super::names::{BadName, check_id, check_image, check_list};
+use super::names::{BadName, check_id, check_image, check_list, cut};
+use super::with_len;
 
 /// The socket in the work-dir that a dump connects to.
 pub const PROXY_SOCKET: &str = "img-proxy.sock";
@@ -246,13 +248,9 @@ impl Reply {
     }
 
     /// It cannot be done.
-    pub fn refused(error: rustix::io::Errno, reason: &str) -> Reply {
-        let mut end = reason.len().min(REASON_MAX);
-        while !reason.is_char_boundary(end) {
-            end -= 1;
-        }
+    pub fn refused(error: Errno, reason: &str) -> Reply {
         let error = error.raw_os_error().unsigned_abs();
-        Reply { error, reason: reason[..end].to_owned(), size: None }
+        Reply { error, reason: cut(reason, REASON_MAX).to_owned(), size: None }
     }
 
     /// Encodes a reply with its length.
@@ -267,6 +265,14 @@ impl Reply {
             .map_err(|error| BadHeader::NotThat("local_image_reply_entry", error.to_string()))?;
         let LocalImageReplyEntry { error, reason, size } = reply;
         Ok(Reply { error, reason: reason.unwrap_or_default(), size })
+    }
+}
+
+/// The errno that a peer names. Linux has none beyond 4095, and rustix panics on what is none.
+pub fn errno_of(error: u32) -> Errno {
+    match i32::try_from(error) {
+        Ok(known @ 1..=4095) => Errno::from_raw_os_error(known),
+        _ => Errno::IO,
     }
 }
 
@@ -299,18 +305,10 @@ fn missing(message: &[u8]) -> Option<&'static str> {
     fields.into_iter().find(|(there, _)| !there).map(|(_, field)| field)
 }
 
-fn with_len(message: &impl Message) -> Vec<u8> {
-    let len = u32::try_from(message.encoded_len()).unwrap_or(u32::MAX);
-    let mut bytes = len.to_le_bytes().to_vec();
-    bytes.extend_from_slice(&message.encode_to_vec());
-    bytes
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rustix::io::Errno;
 
     fn decode(bytes: &[u8]) -> Result<Request, BadHeader> {
         Request::decode(&bytes[LENGTH_LEN..], false)
@@ -334,6 +332,14 @@ mod tests {
         let refused = Reply::refused(Errno::NOENT, "no");
         assert_eq!(refused.encode(), b"\x07\0\0\0\x08\x02\x82\x01\x02no");
         assert_eq!(Reply::decode(&refused.encode()[LENGTH_LEN..]).unwrap(), refused);
+    }
+
+    #[test]
+    fn what_is_no_errno_is_eio() {
+        assert_eq!(errno_of(2), Errno::NOENT);
+        for none in [0, 4096, 5000, u32::MAX] {
+            assert_eq!(errno_of(none), Errno::IO, "{none}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use prost::Message;
 
 use super::generated::stream as generated;
 use super::names::{BadName, check_name};
+use super::with_len;
 
 /// The socket in the work-dir that a dump connects to.
 pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";
@@ -57,13 +58,6 @@ pub fn encode_reply(exists: bool) -> Vec<u8> {
 /// Decodes a reply, without its length.
 pub fn decode_reply(message: &[u8]) -> Result<bool, prost::DecodeError> {
     Ok(generated::Reply::decode(message)?.exists)
-}
-
-fn with_len(message: &impl Message) -> Vec<u8> {
-    let len = u32::try_from(message.encoded_len()).unwrap_or(u32::MAX);
-    let mut bytes = len.to_le_bytes().to_vec();
-    bytes.extend_from_slice(&message.encode_to_vec());
-    bytes
 }
 
 #[cfg(test)]

@@ -8,11 +8,12 @@ use super::exit::Failure;
 use super::look::state_word;
 use super::print::{Output, clean, progress, size};
 use super::reach;
-use super::stream::{Session, is_end};
+use super::stream::Session;
 use super::written::Written;
 use crate::control::Reading;
 use crate::control::model::{Image, Role, Snapshot, SnapshotState};
 use crate::criu::names::check_name;
+use crate::sys::unix::is_close;
 
 /// Extracts, or leaves nothing behind.
 pub(super) async fn run(daemon: &Daemon, output: Output, extract: &Extract) -> Result<(), Failure> {
@@ -68,7 +69,7 @@ fn receive(
             image.bytes
         ))),
         Ok(None) => Err(Failure::failed(format!("{}: the cache no longer has it", image.name))),
-        Err(error) if is_end(&error) => {
+        Err(error) if is_close(&error) => {
             Err(Failure::failed(format!("{}: the cache ended the session", image.name))
                 .cure("its journal says why: journalctl -u criu-image-cache"))
         }

@@ -12,11 +12,12 @@ use super::cli::{Daemon, Push};
 use super::exit::{Exit, Failure};
 use super::print::{Output, clean, progress, size, span};
 use super::reach;
-use super::stream::{Session, is_end};
+use super::stream::Session;
 use crate::control::model::{Role, Snapshot, SnapshotState};
 use crate::control::{Client, ClientError, Reading};
 use crate::criu::images::INVENTORY;
 use crate::criu::names::check_name;
+use crate::sys::unix::is_close;
 
 /// How long the proxy has to tell what became of a session.
 const TOLD_WITHIN: Duration = Duration::from_secs(5);
@@ -139,7 +140,7 @@ fn send(mut session: Session, set: &Set, id: &str) -> Result<u64, Sending> {
         let file = File::open(&path).map_err(|error| failed(error.to_string()))?;
         bar.set_message(name.clone());
         let moved = session.send(name, &file, &bar).map_err(|error| {
-            if is_end(&error) { Sending::Ended(name.clone()) } else { failed(error.to_string()) }
+            if is_close(&error) { Sending::Ended(name.clone()) } else { failed(error.to_string()) }
         })?;
         if moved != *expected {
             return Err(failed(format!("it had {expected} bytes and now has {moved}")));

@@ -51,6 +51,14 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
     }
 }
 
+/// Whether an error of reading or writing says that the peer has closed its end.
+pub fn is_close(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof
+    )
+}
+
 fn in_use(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::AddrInUse, why)
 }

@@ -11,6 +11,7 @@ pub use super::generated::{
 };
 
 use super::frame::{Header, PAYLOAD_MAX};
+use crate::criu::names::cut;
 
 /// No region that is asked for is longer than this, in bytes: who asks holds it in memory.
 pub const REGION_MAX: usize = 256 << 10;
@@ -109,17 +110,17 @@ impl Message {
 
     /// An abort, its reason cut to what a message may hold.
     pub fn abort(snapshot: u32, reason: &str) -> Message {
-        Message::SnapshotAbort(SnapshotAbort { snapshot, reason: cut(reason) })
+        Message::SnapshotAbort(SnapshotAbort { snapshot, reason: short(reason) })
     }
 
     /// The answer to a region that cannot be had, its reason cut to what a message may hold.
     pub fn no_region(request: u32, error: u32, reason: &str) -> Message {
-        Message::Region(Region { request, error, reason: cut(reason), size: 0 })
+        Message::Region(Region { request, error, reason: short(reason), size: 0 })
     }
 
     /// A goodbye, its reason cut to what a message may hold.
     pub fn goodbye(reason: &str) -> Message {
-        Message::Goodbye(Goodbye { reason: cut(reason) })
+        Message::Goodbye(Goodbye { reason: short(reason) })
     }
 
     /// Encodes the header and the message; `payload_len` bytes of payload are to follow.
@@ -183,17 +184,13 @@ fn payload_range(kind: Kind) -> RangeInclusive<usize> {
     }
 }
 
-fn cut(reason: &str) -> String {
-    let mut end = reason.len().min(REASON_MAX);
-    while !reason.is_char_boundary(end) {
-        end -= 1;
-    }
-    reason[..end].to_owned()
+fn short(reason: &str) -> String {
+    cut(reason, REASON_MAX).to_owned()
 }
 
 /// What a peer says goes into logs and onto terminals: without what moves a cursor there.
 fn printable(reason: &str) -> String {
-    cut(reason).replace(char::is_control, "?")
+    cut(reason, REASON_MAX).replace(char::is_control, "?")
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use tokio::time::timeout;
 
 use super::Refusal;
-use crate::criu::remote::Reply;
+use crate::criu::remote::{Reply, errno_of};
 use crate::daemon::remote::{BadClient, Client};
 use crate::proxy::Proxy;
 use crate::proxy::connection::Connection;
@@ -99,12 +99,4 @@ async fn piece(
 
 fn no_link(why: impl Into<String>) -> Refusal {
     Refusal::new(Errno::NOLINK, why)
-}
-
-/// The errno that a cache names. Linux has none beyond 4095, and rustix panics on what is none.
-fn errno_of(error: u32) -> Errno {
-    match i32::try_from(error) {
-        Ok(known @ 1..=4095) => Errno::from_raw_os_error(known),
-        _ => Errno::IO,
-    }
 }
