@@ -8,8 +8,8 @@ use tokio::sync::Notify;
 
 use super::restore::{self, Source};
 use super::{Cache, StateCounts};
-use crate::control::model::{self, LinkStatus, Role, SnapshotState, Status};
-use crate::control::{Backend, Open, Reading, Refusal};
+use crate::control::model::{self, ImageFile, LinkStatus, Role, SnapshotState, Status};
+use crate::control::{Backend, Open, OpenPages, Reading, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Socket;
 use crate::daemon::journal;
@@ -101,6 +101,14 @@ impl Backend for Control {
             }
         }
         Ok(())
+    }
+
+    fn open_pages(&self, _request: OpenPages, _socket: OwnedFd) -> Result<(), Refusal> {
+        Err(Refusal::Refused("not yet".to_owned()))
+    }
+
+    fn view(&self, _id: &str) -> Result<Vec<ImageFile>, Refusal> {
+        Err(Refusal::Refused("not yet".to_owned()))
     }
 }
 

@@ -83,7 +83,10 @@ impl<'a> Incoming<'a> {
     ) -> Result<(), Over> {
         match self.receiver.receive(message, len)? {
             Action::Nothing => {}
-            Action::Begin { snapshot, id, named } => self.begin(snapshot, id, named),
+            Action::Begin { snapshot, id, named, parent: _ } => self.begin(snapshot, id, named),
+            Action::BeginRound { snapshot, .. } => self.give_up(snapshot, "not yet"),
+            Action::Space { .. } | Action::Pages { .. } | Action::CompleteRound { .. } => {}
+            Action::PageData { .. } => reader.discard(len).await?,
             Action::List { snapshot, list } => self.append_to_list(snapshot, &list),
             Action::BeginImage { snapshot, image, name, append } => {
                 self.begin_image(reader, snapshot, image, &name, append).await?;

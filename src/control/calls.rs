@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect;
 
-use super::model::{Image, Snapshot, Status};
+use super::model::{Image, ImageFile, Snapshot, Status};
 
 /// The methods, by the names that stand on the wire.
 pub(super) mod method {
@@ -13,12 +13,14 @@ pub(super) mod method {
     pub(in super::super) const WATCH: &str = "org.criu.ImageRelay.Watch";
     pub(in super::super) const DROP: &str = "org.criu.ImageRelay.Drop";
     pub(in super::super) const OPEN: &str = "org.criu.ImageRelay.Open";
+    pub(in super::super) const OPEN_PAGES: &str = "org.criu.ImageRelay.OpenPages";
+    pub(in super::super) const VIEW: &str = "org.criu.ImageRelay.View";
     pub(in super::super) const GET_INFO: &str = "org.varlink.service.GetInfo";
     pub(in super::super) const GET_DESCRIPTION: &str =
         "org.varlink.service.GetInterfaceDescription";
 }
 
-/// The parameters of `Show` and `Drop`.
+/// The parameters of `Show`, `Drop` and `View`.
 #[derive(Debug, Serialize, Deserialize, introspect::Type)]
 pub(super) struct ById {
     pub(super) id: String,
@@ -42,6 +44,16 @@ pub(super) struct OpenIn {
     pub(super) take: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) again: Option<bool>,
+}
+
+/// The parameters of `OpenPages`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct OpenPagesIn {
+    pub(super) id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) parent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) to: Option<String>,
 }
 
 /// No parameters, or none in the reply.
@@ -77,6 +89,12 @@ pub(super) struct ShowOut {
 #[derive(Debug, Serialize, Deserialize, introspect::Type)]
 pub(super) struct WatchOut {
     pub(super) snapshot: Snapshot,
+}
+
+/// The reply of `View`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct ViewOut {
+    pub(super) images: Vec<ImageFile>,
 }
 
 /// The errors of the interface.

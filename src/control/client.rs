@@ -11,9 +11,10 @@ use zlink::{Call, Connection, Reply};
 
 use super::Reading;
 use super::calls::{
-    ById, CallError, ListOut, Nothing, OpenIn, ShowOut, StatusOut, WatchIn, WatchOut, method,
+    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, ViewOut, WatchIn,
+    WatchOut, method,
 };
-use super::model::{Image, Snapshot, Status};
+use super::model::{Image, ImageFile, Snapshot, Status};
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +123,28 @@ impl Client {
         Ok(())
     }
 
+    /// Hands over a listening or connected stream socket on which pages come for the snapshot `id`, or are
+    /// asked for. The rest is as in [`OpenPages`](super::OpenPages).
+    pub async fn open_pages(
+        &mut self,
+        id: &str,
+        parent: Option<&str>,
+        to: Option<&str>,
+        socket: OwnedFd,
+    ) -> Result<(), ClientError> {
+        let (parent, to) = (parent.map(str::to_owned), to.map(str::to_owned));
+        let call = OpenPagesIn { id: id.to_owned(), parent, to };
+        let _: Nothing = self.call(method::OPEN_PAGES, call, vec![socket]).await?;
+        Ok(())
+    }
+
+    /// The images of a whole snapshot as files.
+    pub async fn view(&mut self, id: &str) -> Result<Vec<ImageFile>, ClientError> {
+        let reply: ViewOut =
+            self.call(method::VIEW, ById { id: id.to_owned() }, Vec::new()).await?;
+        Ok(reply.images)
+    }
+
     /// Follows a snapshot until it is whole, damaged or taken; with `taken`, whole is not the end.
     /// It need not be there yet.
     pub async fn watch(&mut self, id: &str, taken: bool) -> Result<Watch<'_>, ClientError> {
@@ -187,9 +210,9 @@ fn from_reply(error: AnyError) -> ClientError {
         AnyError::Known(CallError::NoDescriptor) => {
             ClientError::Refused("no descriptor was passed with the call".to_owned())
         }
-        AnyError::Known(CallError::NotASocket) => {
-            ClientError::Refused("what was passed is not a unix stream socket".to_owned())
-        }
+        AnyError::Known(CallError::NotASocket) => ClientError::Refused(
+            "what was passed is not a stream socket of the right kind".to_owned(),
+        ),
         AnyError::Unknown { error } => ClientError::Refused(error),
     }
 }

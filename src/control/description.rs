@@ -4,19 +4,21 @@ use zlink::idl::{Error, Field, Type};
 use zlink::introspect::{ReplyError, Type as Introspect};
 
 use super::calls::{
-    ById, CallError, ListOut, Nothing, OpenIn, ShowOut, StatusOut, WatchIn, WatchOut,
+    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, ViewOut, WatchIn,
+    WatchOut,
 };
-use super::model::{Image, LinkStatus, Role, Snapshot, SnapshotState, Status};
+use super::model::{Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status};
 use super::{DESCRIPTION, INTERFACE};
 
 /// The types that the description names, in its order.
-const NAMED: [(&str, &Type<'_>); 6] = [
+const NAMED: [(&str, &Type<'_>); 7] = [
     ("Role", Role::TYPE),
     ("LinkStatus", LinkStatus::TYPE),
     ("Status", Status::TYPE),
     ("SnapshotState", SnapshotState::TYPE),
     ("Snapshot", Snapshot::TYPE),
     ("Image", Image::TYPE),
+    ("ImageFile", ImageFile::TYPE),
 ];
 
 /// A type as the description refers to it.
@@ -55,6 +57,8 @@ fn it_says_what_the_types_say() {
         ("Watch", WatchIn::TYPE, WatchOut::TYPE),
         ("Drop", ById::TYPE, Nothing::TYPE),
         ("Open", OpenIn::TYPE, Nothing::TYPE),
+        ("OpenPages", OpenPagesIn::TYPE, Nothing::TYPE),
+        ("View", ById::TYPE, ViewOut::TYPE),
     ]
     .map(|(name, input, output)| {
         format!("method {name}{} -> {}", spell_out(input), spell_out(output))

@@ -26,7 +26,7 @@ mod tests;
 pub use accept::serve;
 pub use client::{Client, ClientError, Watch};
 
-use model::{Image, Snapshot, Status};
+use model::{Image, ImageFile, Snapshot, Status};
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.criu.ImageRelay";
@@ -64,6 +64,13 @@ pub trait Backend {
     /// The socket is a unix stream socket, non-blocking and close-on-exec, and the id is a good
     /// one ([`check_id`](crate::criu::names::check_id)).
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal>;
+
+    /// Serves CRIU's page server protocol on a socket, in the same way. It is a stream socket, TCP or unix,
+    /// non-blocking and close-on-exec, and the ids are good ones.
+    fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal>;
+
+    /// The images of a whole snapshot as files.
+    fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal>;
 }
 
 /// A socket handed over, and what it is for.
@@ -76,6 +83,19 @@ pub struct Open {
     /// What reading the snapshot means.
     pub reading: Reading,
     /// Whether the socket listens, for any number of CRIU runs, or is one connection.
+    pub listening: bool,
+}
+
+/// A socket handed over on which pages come, or are asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenPages {
+    /// The snapshot that the pages belong to.
+    pub id: String,
+    /// The snapshot whose pages are the parent of the first round (proxy only).
+    pub parent: Option<String>,
+    /// Where they go, as in [`Open`] (proxy only).
+    pub to: Option<String>,
+    /// Whether the socket listens, or is one connection.
     pub listening: bool,
 }
 
@@ -124,5 +144,13 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
         (**self).open(request, socket)
+    }
+
+    fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal> {
+        (**self).open_pages(request, socket)
+    }
+
+    fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal> {
+        (**self).view(id)
     }
 }

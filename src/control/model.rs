@@ -62,8 +62,10 @@ pub struct LinkStatus {
 pub enum SnapshotState {
     /// An `open` directory names it, and nothing of it has come.
     Awaited,
-    /// Images are coming.
+    /// Images or pages are coming.
     Receiving,
+    /// Its pages are held, its images are still to come.
+    Paged,
     /// Complete and acknowledged; can be restored.
     Whole,
     /// Cut short, aborted or oversized; can never be restored.
@@ -102,4 +104,15 @@ pub struct Image {
     pub bytes: u64,
     /// Whether its end has come.
     pub whole: bool,
+}
+
+/// An image of a snapshot as a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Type)]
+pub struct ImageFile {
+    /// CRIU's name for it.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// What opens it as long as the snapshot is held: a link in `/proc`.
+    pub path: String,
 }

@@ -16,11 +16,12 @@ use zlink::varlink_service::{Error as ServiceError, Info};
 use zlink::{Call, Connection, Reply};
 
 use super::calls::{
-    ById, CallError, DescriptionIn, ListOut, OpenIn, ShowOut, StatusOut, WatchIn, WatchOut, method,
+    ById, CallError, DescriptionIn, ListOut, OpenIn, OpenPagesIn, ShowOut, StatusOut, ViewOut,
+    WatchIn, WatchOut, method,
 };
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
-use super::{Backend, DESCRIPTION, INTERFACE, Open, Reading, Refusal};
+use super::{Backend, DESCRIPTION, INTERFACE, Open, OpenPages, Reading, Refusal};
 use crate::criu::names::check_id;
 use crate::daemon::sessions::Peer;
 
@@ -136,7 +137,9 @@ impl<B: Backend> Conversation<'_, B> {
                 None if last.is_some() => return self.fail(no_such(&watch.id)).await,
                 Some(snapshot) if now != last => {
                     let more = match snapshot.state {
-                        SnapshotState::Awaited | SnapshotState::Receiving => true,
+                        SnapshotState::Awaited
+                        | SnapshotState::Receiving
+                        | SnapshotState::Paged => true,
                         SnapshotState::Whole => watch.taken == Some(true),
                         SnapshotState::Damaged | SnapshotState::Taken => false,
                     };
@@ -197,6 +200,15 @@ fn answer(
             open(backend, parameters(call)?, descriptors)?;
             Ok(nothing())
         }
+        method::OPEN_PAGES => {
+            open_pages(backend, parameters(call)?, descriptors)?;
+            Ok(nothing())
+        }
+        method::VIEW => {
+            let ById { id } = parameters(call)?;
+            let images = backend.view(&id).map_err(|refusal| refused(refusal, &id))?;
+            Ok(value(ViewOut { images }))
+        }
         method::GET_INFO => Ok(value(info(backend.status().role))),
         method::GET_DESCRIPTION => match parameters(call)? {
             DescriptionIn { interface } if interface == INTERFACE => {
@@ -212,9 +224,8 @@ fn answer(
 
 fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Result<(), Failure> {
     let OpenIn { id, to, take, again } = call;
-    check_id(&id).map_err(|bad| CallError::Refused { reason: bad.to_string() })?;
-    let socket = descriptors.into_iter().next().ok_or(CallError::NoDescriptor)?;
-    let listening = prepare(&socket).map_err(|_| CallError::NotASocket)?;
+    must_be_id(&id)?;
+    let (socket, listening) = stream_socket(descriptors, &[AddressFamily::UNIX])?;
     let reading = match (take.unwrap_or(true), again.unwrap_or(false)) {
         (false, _) => Reading::Look,
         (true, false) => Reading::Take,
@@ -224,11 +235,39 @@ fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Resu
     backend.open(request, socket).map_err(|refusal| refused(refusal, &id))
 }
 
-/// Makes sure that a descriptor is a unix stream socket, and tells whether it listens.
-fn prepare(socket: &OwnedFd) -> rustix::io::Result<bool> {
-    let unix_stream = sockopt::socket_domain(socket)? == AddressFamily::UNIX
+fn open_pages(
+    backend: &impl Backend,
+    call: OpenPagesIn,
+    descriptors: Vec<OwnedFd>,
+) -> Result<(), Failure> {
+    let OpenPagesIn { id, parent, to } = call;
+    must_be_id(&id)?;
+    parent.as_deref().map_or(Ok(()), must_be_id)?;
+    let families = [AddressFamily::UNIX, AddressFamily::INET, AddressFamily::INET6];
+    let (socket, listening) = stream_socket(descriptors, &families)?;
+    let request = OpenPages { id: id.clone(), parent, to, listening };
+    backend.open_pages(request, socket).map_err(|refusal| refused(refusal, &id))
+}
+
+fn must_be_id(id: &str) -> Result<(), Failure> {
+    check_id(id).map_err(|bad| CallError::Refused { reason: bad.to_string() }.into())
+}
+
+/// The descriptor of a call, and whether it listens.
+fn stream_socket(
+    descriptors: Vec<OwnedFd>,
+    families: &[AddressFamily],
+) -> Result<(OwnedFd, bool), Failure> {
+    let socket = descriptors.into_iter().next().ok_or(CallError::NoDescriptor)?;
+    let listening = prepare(&socket, families).map_err(|_| CallError::NotASocket)?;
+    Ok((socket, listening))
+}
+
+/// Makes sure that a descriptor is a stream socket of one of these families, and tells whether it listens.
+fn prepare(socket: &OwnedFd, families: &[AddressFamily]) -> rustix::io::Result<bool> {
+    let stream = families.contains(&sockopt::socket_domain(socket)?)
         && sockopt::socket_type(socket)? == SocketType::STREAM;
-    if !unix_stream {
+    if !stream {
         return Err(rustix::io::Errno::PROTOTYPE);
     }
     // zlink receives without MSG_CMSG_CLOEXEC.

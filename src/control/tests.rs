@@ -21,6 +21,7 @@ use super::*;
 struct Fake {
     snapshots: RefCell<Vec<Snapshot>>,
     opened: RefCell<Vec<Open>>,
+    paged: RefCell<Vec<OpenPages>>,
     looks: Cell<usize>,
 }
 
@@ -82,6 +83,21 @@ impl Backend for Fake {
     fn open(&self, request: Open, _socket: OwnedFd) -> Result<(), Refusal> {
         self.opened.borrow_mut().push(request);
         Ok(())
+    }
+
+    fn open_pages(&self, request: OpenPages, _socket: OwnedFd) -> Result<(), Refusal> {
+        self.paged.borrow_mut().push(request);
+        Ok(())
+    }
+
+    fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal> {
+        let (_, images) = self.show(id).ok_or(Refusal::NoSuchSnapshot)?;
+        let file = |image: Image| ImageFile {
+            path: format!("/proc/1/fd/{}", image.bytes),
+            name: image.name,
+            bytes: image.bytes,
+        };
+        Ok(images.into_iter().map(file).collect())
     }
 }
 
@@ -170,7 +186,7 @@ fn what_is_no_socket_or_no_name_is_refused() {
         let mut client = Client::connect(&path).await.unwrap();
         let (pipe, _end) = rustix::pipe::pipe().unwrap();
         let refused = client.open("web", None, Reading::Take, pipe).await.unwrap_err();
-        assert_eq!(refused.to_string(), "what was passed is not a unix stream socket");
+        assert_eq!(refused.to_string(), "what was passed is not a stream socket of the right kind");
         let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
         client.open("web", None, Reading::Take, datagram.into()).await.unwrap_err();
         let (ours, _theirs) = StdStream::pair().unwrap();
@@ -332,4 +348,26 @@ fn a_uid_that_is_not_allowed_is_not_served() {
             assert!(matches!(client.status().await, Err(ClientError::Broken { .. })));
         },
     );
+}
+
+#[test]
+fn pages_come_over_tcp_as_well() {
+    with_daemon(anybody, async |path, fake| {
+        let mut client = Client::connect(&path).await.unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        client.open_pages("web", Some("web/1"), Some("b"), tcp.into()).await.unwrap();
+        let (unix, _theirs) = StdStream::pair().unwrap();
+        client.open_pages("db", None, None, unix.into()).await.unwrap();
+        let paged = fake.paged.borrow();
+        let [web, db] = &paged[..] else { panic!() };
+        assert_eq!((web.parent.as_deref(), web.to.as_deref()), (Some("web/1"), Some("b")));
+        assert_eq!((web.listening, db.listening), (true, false));
+        drop(paged);
+        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let refused = client.open_pages("web", None, None, udp.into()).await.unwrap_err();
+        assert_eq!(refused.to_string(), "what was passed is not a stream socket of the right kind");
+        let (unix, _theirs) = StdStream::pair().unwrap();
+        let refused = client.open_pages("web", Some("a\nb"), None, unix.into()).await;
+        assert!(matches!(refused, Err(ClientError::Refused(_))));
+    });
 }

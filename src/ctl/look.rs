@@ -198,6 +198,7 @@ pub(super) fn state_word(state: SnapshotState) -> &'static str {
     match state {
         SnapshotState::Awaited => "awaited",
         SnapshotState::Receiving => "receiving",
+        SnapshotState::Paged => "paged",
         SnapshotState::Whole => "whole",
         SnapshotState::Damaged => "damaged",
         SnapshotState::Taken => "taken",

@@ -179,7 +179,7 @@ async fn acknowledged(
                 SnapshotState::Whole | SnapshotState::Taken => {
                     return Ok(snapshot);
                 }
-                SnapshotState::Awaited | SnapshotState::Receiving => {}
+                SnapshotState::Awaited | SnapshotState::Receiving | SnapshotState::Paged => {}
             }
         }
         if begun.elapsed() > TOLD_WITHIN {

@@ -218,7 +218,7 @@ impl Connection {
     fn hear(&self, said: Said) -> Result<(), String> {
         let mut waiting = self.waiting.borrow_mut();
         match said {
-            Said::Nothing | Said::Region(_) => {}
+            Said::Nothing | Said::Region(_) | Said::Spaces { .. } => {}
             Said::Ready { snapshot } => {
                 if let Some(ready) = waiting.ready.get(&snapshot) {
                     ready.send_modify(|times| *times += 1);

@@ -9,8 +9,8 @@ use super::Proxy;
 use super::dump::{self, Target};
 use super::records::Record;
 use crate::config::full_address;
-use crate::control::model::{Image, Role, Snapshot, SnapshotState, Status};
-use crate::control::{Backend, Open, Refusal};
+use crate::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status};
+use crate::control::{Backend, Open, OpenPages, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Socket;
 use crate::daemon::journal;
@@ -95,6 +95,14 @@ impl Backend for Control {
             }
         }
         Ok(())
+    }
+
+    fn open_pages(&self, _request: OpenPages, _socket: OwnedFd) -> Result<(), Refusal> {
+        Err(Refusal::Refused("not yet".to_owned()))
+    }
+
+    fn view(&self, _id: &str) -> Result<Vec<ImageFile>, Refusal> {
+        Err(Refusal::Refused("not yet".to_owned()))
     }
 }
 

@@ -125,7 +125,7 @@ impl Records {
                 SnapshotState::Receiving => counts.receiving += 1,
                 SnapshotState::Whole => counts.whole += 1,
                 SnapshotState::Damaged => counts.damaged += 1,
-                SnapshotState::Awaited | SnapshotState::Taken => {}
+                SnapshotState::Awaited | SnapshotState::Paged | SnapshotState::Taken => {}
             }
         }
         counts

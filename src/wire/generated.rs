@@ -38,6 +38,13 @@ pub struct SnapshotBegin {
     /// Who wrote it named it, and only those get it who ask for it by that name.
     #[prost(bool, tag = "3")]
     pub named: bool,
+    /// What comes is a round of its pages, not its images: SPACE, PAGES and PAGE_DATA.
+    #[prost(bool, tag = "4")]
+    pub round: bool,
+    /// The snapshot whose pages are the parent of what comes. A round of a snapshot that has pages already needs none:
+    /// those are its parent.
+    #[prost(string, tag = "5")]
+    pub parent: ::prost::alloc::string::String,
 }
 /// cache → proxy: the answer to SnapshotBegin and to SnapshotList. What is refused is aborted instead.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -62,7 +69,8 @@ pub struct SnapshotEnd {
     /// True when CRIU handed over all it had. An end that is not complete is an error: what fails is aborted.
     #[prost(bool, tag = "2")]
     pub complete: bool,
-    /// How many images were ended, and the sum of their sizes in bytes.
+    /// How many images were ended, and the sum of their sizes in bytes. Of a round, how many page spaces, and the bytes
+    /// of the pages that came.
     #[prost(uint64, tag = "3")]
     pub images: u64,
     #[prost(uint64, tag = "4")]
@@ -71,7 +79,7 @@ pub struct SnapshotEnd {
     #[prost(bool, tag = "5")]
     pub partial: bool,
 }
-/// cache → proxy: the snapshot is whole and kept.
+/// cache → proxy: the snapshot is whole and kept, or the pages of the round are.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SnapshotAck {
     #[prost(uint32, tag = "1")]
@@ -81,7 +89,7 @@ pub struct SnapshotAck {
     #[prost(uint64, tag = "3")]
     pub bytes: u64,
 }
-/// Either side: the snapshot is given up, and why.
+/// Either side: the snapshot is given up, and why. A round that is given up leaves the pages from before as they were.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SnapshotAbort {
     #[prost(uint32, tag = "1")]
@@ -176,6 +184,51 @@ pub struct Region {
     #[prost(uint64, tag = "4")]
     pub size: u64,
 }
+/// cache → proxy, before the SnapshotReady that answers the beginning of a round: page spaces that its parent has. As
+/// many of these as are needed, or none.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Spaces {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+    /// The pids of tasks, as each sees its own.
+    #[prost(uint32, repeated, tag = "2")]
+    pub tasks: ::prost::alloc::vec::Vec<u32>,
+    /// CRIU's ids of shared memory.
+    #[prost(uint64, repeated, tag = "3")]
+    pub shmems: ::prost::alloc::vec::Vec<u64>,
+}
+/// proxy → cache: the messages that follow are about this page space. Each comes once in a round.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Space {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+    /// It is shared memory, and not the memory of a task.
+    #[prost(bool, tag = "2")]
+    pub shmem: bool,
+    /// The task's pid, or the id of the shared memory.
+    #[prost(uint64, tag = "3")]
+    pub id: u64,
+}
+/// proxy → cache: pages of the space, above those before.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pages {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+    /// Where they begin, in bytes, and how many they are.
+    #[prost(uint64, tag = "2")]
+    pub address: u64,
+    #[prost(uint64, tag = "3")]
+    pub pages: u64,
+    /// CRIU's flags: 1 they are as in the parent, 2 they may be restored lazily, 4 they follow in PageData.
+    #[prost(uint32, tag = "4")]
+    pub flags: u32,
+}
+/// proxy → cache: bytes of the pages that were announced last; they follow as this frame's payload.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PageData {
+    #[prost(uint32, tag = "1")]
+    pub snapshot: u32,
+}
 /// The kind of a message, as the header gives it. A kind that the receiver does not know ends the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -198,6 +251,10 @@ pub enum Kind {
     ImageAck = 15,
     RegionRequest = 16,
     Region = 17,
+    Spaces = 18,
+    Space = 19,
+    Pages = 20,
+    PageData = 21,
 }
 impl Kind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -224,6 +281,10 @@ impl Kind {
             Self::ImageAck => "IMAGE_ACK",
             Self::RegionRequest => "REGION_REQUEST",
             Self::Region => "REGION",
+            Self::Spaces => "SPACES",
+            Self::Space => "SPACE",
+            Self::Pages => "PAGES",
+            Self::PageData => "PAGE_DATA",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -247,6 +308,10 @@ impl Kind {
             "IMAGE_ACK" => Some(Self::ImageAck),
             "REGION_REQUEST" => Some(Self::RegionRequest),
             "REGION" => Some(Self::Region),
+            "SPACES" => Some(Self::Spaces),
+            "SPACE" => Some(Self::Space),
+            "PAGES" => Some(Self::Pages),
+            "PAGE_DATA" => Some(Self::PageData),
             _ => None,
         }
     }

@@ -5,13 +5,14 @@ use std::ops::RangeInclusive;
 use prost::Message as _;
 
 pub use super::generated::{
-    Goodbye, Hello, ImageAck, ImageBegin, ImageData, ImageEnd, ImageReady, KeepAlive, Kind, Region,
-    RegionRequest, SnapshotAbort, SnapshotAck, SnapshotBegin, SnapshotEnd, SnapshotList,
-    SnapshotReady, Welcome,
+    Goodbye, Hello, ImageAck, ImageBegin, ImageData, ImageEnd, ImageReady, KeepAlive, Kind,
+    PageData, Pages, Region, RegionRequest, SnapshotAbort, SnapshotAck, SnapshotBegin, SnapshotEnd,
+    SnapshotList, SnapshotReady, Space, Spaces, Welcome,
 };
 
 use super::frame::{Header, PAYLOAD_MAX};
 use crate::criu::names::cut;
+use crate::criu::pages;
 
 /// No region that is asked for is longer than this, in bytes: who asks holds it in memory.
 pub const REGION_MAX: usize = 256 << 10;
@@ -43,6 +44,10 @@ pub enum Message {
     ImageAck(ImageAck),
     RegionRequest(RegionRequest),
     Region(Region),
+    Spaces(Spaces),
+    Space(Space),
+    Pages(Pages),
+    PageData(PageData),
 }
 
 /// Why a message is refused. The link ends.
@@ -80,6 +85,10 @@ macro_rules! with_inner {
             Message::ImageAck($inner) => $do,
             Message::RegionRequest($inner) => $do,
             Message::Region($inner) => $do,
+            Message::Spaces($inner) => $do,
+            Message::Space($inner) => $do,
+            Message::Pages($inner) => $do,
+            Message::PageData($inner) => $do,
         }
     };
 }
@@ -105,6 +114,10 @@ impl Message {
             Message::ImageAck(_) => Kind::ImageAck,
             Message::RegionRequest(_) => Kind::RegionRequest,
             Message::Region(_) => Kind::Region,
+            Message::Spaces(_) => Kind::Spaces,
+            Message::Space(_) => Kind::Space,
+            Message::Pages(_) => Kind::Pages,
+            Message::PageData(_) => Kind::PageData,
         }
     }
 
@@ -170,18 +183,64 @@ impl Message {
                 let reason = printable(&region.reason);
                 Message::Region(Region { reason, ..region })
             }),
+            Kind::Spaces => Spaces::decode(bytes).map(Message::Spaces),
+            Kind::Space => Space::decode(bytes).map(Message::Space),
+            Kind::Pages => Pages::decode(bytes).map(Message::Pages),
+            Kind::PageData => PageData::decode(bytes).map(Message::PageData),
         };
         decoded.map_err(|error| BadMessage::Torn(kind.as_str_name(), error.to_string()))
     }
 }
 
-/// Only image data has a payload, and it is never empty; and a region, which may be.
+/// Only the bytes of images and pages are payload, which is never empty; and those of a region, which may be.
 fn payload_range(kind: Kind) -> RangeInclusive<usize> {
     match kind {
-        Kind::ImageData => 1..=PAYLOAD_MAX,
+        Kind::ImageData | Kind::PageData => 1..=PAYLOAD_MAX,
         Kind::Region => 0..=REGION_MAX,
         _ => 0..=0,
     }
+}
+
+/// How many page spaces one [`Spaces`] holds, so that it is never too long: their ids have up to 10 bytes.
+const SPACES_EACH: usize = 1024;
+
+/// Page spaces, in as many messages as they need.
+pub fn all_spaces(
+    snapshot: u32,
+    spaces: &[pages::Space],
+) -> impl Iterator<Item = Message> + use<'_> {
+    spaces.chunks(SPACES_EACH).map(move |spaces| {
+        let mut message = Spaces { snapshot, ..Spaces::default() };
+        for space in spaces {
+            match *space {
+                pages::Space::Task(pid) => message.tasks.push(pid),
+                pages::Space::Shmem(id) => message.shmems.push(id),
+            }
+        }
+        Message::Spaces(message)
+    })
+}
+
+/// The page spaces of a message.
+pub fn spaces(message: &Spaces) -> impl Iterator<Item = pages::Space> + use<'_> {
+    let tasks = message.tasks.iter().copied().map(pages::Space::Task);
+    tasks.chain(message.shmems.iter().copied().map(pages::Space::Shmem))
+}
+
+/// A page space, as it is announced.
+pub fn space(snapshot: u32, space: pages::Space) -> Space {
+    match space {
+        pages::Space::Task(pid) => Space { snapshot, shmem: false, id: pid.into() },
+        pages::Space::Shmem(id) => Space { snapshot, shmem: true, id },
+    }
+}
+
+/// The page space that was announced; `None` if no task can have that id.
+pub fn announced(space: &Space) -> Option<pages::Space> {
+    if space.shmem {
+        return Some(pages::Space::Shmem(space.id));
+    }
+    space.id.try_into().ok().map(pages::Space::Task)
 }
 
 fn short(reason: &str) -> String {
@@ -224,9 +283,11 @@ mod tests {
                     snapshot: 1,
                     id: "web".into(),
                     named: true,
+                    round: true,
+                    parent: "w".into(),
                 }),
                 0,
-                b"\x05\0\x09\0\0\0\0\0\x08\x01\x12\x03web\x18\x01",
+                b"\x05\0\x0e\0\0\0\0\0\x08\x01\x12\x03web\x18\x01\x20\x01\x2a\x01w",
             ),
             (
                 Message::SnapshotEnd(SnapshotEnd {
@@ -301,6 +362,22 @@ mod tests {
                 300,
                 b"\x11\0\x05\0\x2c\x01\0\0\x08\x01\x20\xac\x02",
             ),
+            (
+                Message::Spaces(Spaces { snapshot: 1, tasks: vec![7, 300], shmems: vec![9] }),
+                0,
+                b"\x12\0\x0a\0\0\0\0\0\x08\x01\x12\x03\x07\xac\x02\x1a\x01\x09",
+            ),
+            (
+                Message::Space(Space { snapshot: 1, shmem: true, id: 300 }),
+                0,
+                b"\x13\0\x07\0\0\0\0\0\x08\x01\x10\x01\x18\xac\x02",
+            ),
+            (
+                Message::Pages(Pages { snapshot: 1, address: 4096, pages: 2, flags: 4 }),
+                0,
+                b"\x14\0\x09\0\0\0\0\0\x08\x01\x10\x80\x20\x18\x02\x20\x04",
+            ),
+            (Message::PageData(PageData { snapshot: 1 }), 8192, b"\x15\0\x02\0\0\x20\0\0\x08\x01"),
             (Message::no_region(1, 2, "no"), 0, b"\x11\0\x08\0\0\0\0\0\x08\x01\x10\x02\x1a\x02no"),
         ]
     }
@@ -323,7 +400,7 @@ mod tests {
     #[test]
     fn unknown_kinds_wrong_payloads_and_torn_messages_are_refused_in_words() {
         let refused = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
-        assert_eq!(refused(b"\x12\0\0\0\0\0\0\0"), "a message of the unknown kind 18");
+        assert_eq!(refused(b"\x16\0\0\0\0\0\0\0"), "a message of the unknown kind 22");
         assert_eq!(refused(b"\0\0\0\0\0\0\0\0"), "a message of the unknown kind 0");
         assert_eq!(refused(b"\x04\0\0\0\x01\0\0\0"), "a KEEP_ALIVE with a payload of 1 bytes");
         assert_eq!(refused(b"\x0a\0\0\0\0\0\0\0"), "a IMAGE_DATA with a payload of 0 bytes");
@@ -357,7 +434,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_the_decoder_panic(
-            kind in 0u16..20, payload_len in 0usize..10, bytes: Vec<u8>,
+            kind in 0u16..24, payload_len in 0usize..10, bytes: Vec<u8>,
         ) {
             let header = Header { kind, message_len: bytes.len(), payload_len };
             let _ = Message::decode(header, &bytes);

@@ -4,10 +4,11 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::message::{
-    ImageBegin, ImageData, ImageEnd, Message, RegionRequest, SnapshotBegin, SnapshotEnd,
-    SnapshotList,
+    self, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, RegionRequest, SnapshotBegin,
+    SnapshotEnd, SnapshotList, announced,
 };
 use crate::criu::names::{check_id, check_image, check_list};
+use crate::criu::pages::{Contents, Run, Space};
 
 /// What the cache has to do about a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +23,45 @@ pub enum Action {
         id: String,
         /// Whether it is kept for those who ask for it by its id.
         named: bool,
+        /// The snapshot in which it has pages that its own images lack.
+        parent: Option<String>,
+    },
+    /// A round of a snapshot's pages begins.
+    BeginRound {
+        /// The round's number on this link.
+        snapshot: u32,
+        /// The snapshot's id.
+        id: String,
+        /// The snapshot whose pages they are based on, if it is not this one itself.
+        parent: Option<String>,
+    },
+    /// A page space begins.
+    Space {
+        /// The round's number.
+        snapshot: u32,
+        /// Which.
+        space: Space,
+    },
+    /// Pages are as in the parent, or follow.
+    Pages {
+        /// The round's number.
+        snapshot: u32,
+        /// Which.
+        run: Run,
+    },
+    /// The payload belongs to the pages that were announced last, after what has come of them.
+    PageData {
+        /// The round's number.
+        snapshot: u32,
+    },
+    /// A round has come that was announced so.
+    CompleteRound {
+        /// Its number.
+        snapshot: u32,
+        /// How many page spaces began.
+        spaces: u64,
+        /// How many bytes of pages came.
+        bytes: u64,
     },
     /// The snapshot's id is appended to a list.
     List {
@@ -115,6 +155,26 @@ pub enum Violation {
         /// The number it named.
         image: u32,
     },
+    /// A message about images for a round of pages, or the other way round.
+    #[error("a {kind} for snapshot number {snapshot}, which {is}")]
+    WrongContents {
+        /// The message.
+        kind: &'static str,
+        /// The number it named.
+        snapshot: u32,
+        /// What that is.
+        is: &'static str,
+    },
+    /// More bytes of pages than were announced.
+    #[error("{len} bytes of pages of snapshot {id}, of which {missing} bytes were announced")]
+    TooManyPages {
+        /// The snapshot's id.
+        id: String,
+        /// How many have come.
+        len: u64,
+        /// How many were to come.
+        missing: u64,
+    },
     /// An image number that is in use, or was.
     #[error("image number {image} of snapshot {id} begun twice")]
     ImageTwice {
@@ -158,6 +218,7 @@ pub struct Receiver {
 #[derive(Debug)]
 enum Incoming {
     Receiving(Counts),
+    Round(Round),
     /// This side gave it up; the peer may not know yet.
     GivenUp,
 }
@@ -169,6 +230,18 @@ struct Counts {
     next_image: u64,
     images: u64,
     bytes: u64,
+}
+
+/// A round of pages.
+#[derive(Debug)]
+struct Round {
+    id: String,
+    /// Whether a page space has begun.
+    open: bool,
+    spaces: u64,
+    bytes: u64,
+    /// How many bytes of the pages that were announced last are still to come.
+    missing: u64,
 }
 
 #[derive(Debug)]
@@ -193,11 +266,14 @@ impl Receiver {
             Message::ImageBegin(begin) => self.begin_image(begin),
             Message::ImageData(data) => self.append(&data, payload_len as u64),
             Message::ImageEnd(end) => self.end_image(&end),
+            Message::Space(space) => self.space(&space),
+            Message::Pages(pages) => self.pages(&pages),
+            Message::PageData(data) => self.page_data(&data, payload_len as u64),
             Message::SnapshotEnd(end) => self.end(&end),
             Message::SnapshotAbort(abort) => {
                 match self.remove("SNAPSHOT_ABORT", abort.snapshot)? {
                     Incoming::GivenUp => Ok(Action::Nothing),
-                    Incoming::Receiving(_) => Ok(Action::Damaged {
+                    Incoming::Receiving(_) | Incoming::Round(_) => Ok(Action::Damaged {
                         snapshot: abort.snapshot,
                         reason: abort.reason,
                         by_peer: true,
@@ -211,7 +287,8 @@ impl Receiver {
             | Message::SnapshotAck(_)
             | Message::ImageReady(_)
             | Message::ImageAck(_)
-            | Message::Region(_) => Err(Violation::OutOfOrder(message.kind().as_str_name())),
+            | Message::Region(_)
+            | Message::Spaces(_) => Err(Violation::OutOfOrder(message.kind().as_str_name())),
         }
     }
 
@@ -223,7 +300,8 @@ impl Receiver {
     }
 
     fn begin(&mut self, begin: SnapshotBegin) -> Result<Action, Violation> {
-        let SnapshotBegin { snapshot, id, named } = begin;
+        let SnapshotBegin { snapshot, id, named, round, parent } = begin;
+        let parent = Some(parent).filter(|parent| !parent.is_empty());
         if u64::from(snapshot) < self.next {
             return Err(Violation::SnapshotTwice(snapshot));
         }
@@ -233,8 +311,14 @@ impl Receiver {
         }
         self.next = u64::from(snapshot) + 1;
         let full = self.snapshots.len() >= self.limits.snapshots;
-        self.snapshots.insert(snapshot, Incoming::Receiving(Counts::new(&id)));
-        if let Err(bad) = check_id(&id) {
+        let incoming = if round {
+            let id = id.clone();
+            Incoming::Round(Round { id, open: false, spaces: 0, bytes: 0, missing: 0 })
+        } else {
+            Incoming::Receiving(Counts::new(&id))
+        };
+        self.snapshots.insert(snapshot, incoming);
+        if let Err(bad) = check_id(&id).and_then(|()| parent.as_deref().map_or(Ok(()), check_id)) {
             return Ok(self.damaged(snapshot, bad.to_string()));
         }
         if full {
@@ -242,7 +326,11 @@ impl Receiver {
             let reason = format!("{limit} snapshots beside {id} are under way on this link");
             return Ok(self.damaged(snapshot, reason));
         }
-        Ok(Action::Begin { snapshot, id, named })
+        Ok(if round {
+            Action::BeginRound { snapshot, id, parent }
+        } else {
+            Action::Begin { snapshot, id, named, parent }
+        })
     }
 
     fn list(&mut self, list: SnapshotList) -> Result<Action, Violation> {
@@ -317,27 +405,79 @@ impl Receiver {
         Ok(Action::EndImage { snapshot, image, size })
     }
 
+    fn space(&mut self, space: &message::Space) -> Result<Action, Violation> {
+        let snapshot = space.snapshot;
+        let Some(round) = self.round("SPACE", snapshot)? else { return Ok(Action::Nothing) };
+        if round.missing > 0 {
+            let reason = round.cut_short();
+            return Ok(self.damaged(snapshot, reason));
+        }
+        let Some(space) = announced(space) else {
+            return Ok(self.damaged(snapshot, format!("no task has the pid {}", space.id)));
+        };
+        round.open = true;
+        round.spaces += 1;
+        Ok(Action::Space { snapshot, space })
+    }
+
+    fn pages(&mut self, pages: &Pages) -> Result<Action, Violation> {
+        let &Pages { snapshot, address, pages, flags } = pages;
+        let Some(round) = self.round("PAGES", snapshot)? else { return Ok(Action::Nothing) };
+        let run = Contents::from_flags(flags)
+            .map_err(|bad| format!("pages at {address:#x}: {bad}"))
+            .and_then(|contents| Run::new(address, pages, contents).map_err(|bad| bad.to_string()));
+        let wrong = match run {
+            _ if round.missing > 0 => round.cut_short(),
+            _ if !round.open => format!("pages at {address:#x} before any page space"),
+            Err(bad) => bad,
+            Ok(run) if run.contents() == Contents::Lazy => {
+                format!("pages at {address:#x} are still at the source: a lazy dump is not relayed")
+            }
+            Ok(run) => {
+                round.missing = run.payload_len();
+                return Ok(Action::Pages { snapshot, run });
+            }
+        };
+        Ok(self.damaged(snapshot, wrong))
+    }
+
+    fn page_data(&mut self, data: &PageData, len: u64) -> Result<Action, Violation> {
+        let snapshot = data.snapshot;
+        let Some(round) = self.round("PAGE_DATA", snapshot)? else { return Ok(Action::Discard) };
+        let Some(missing) = round.missing.checked_sub(len) else {
+            let (id, missing) = (round.id.clone(), round.missing);
+            return Err(Violation::TooManyPages { id, len, missing });
+        };
+        round.missing = missing;
+        round.bytes += len;
+        Ok(Action::PageData { snapshot })
+    }
+
     fn end(&mut self, end: &SnapshotEnd) -> Result<Action, Violation> {
         let snapshot = end.snapshot;
-        let counts = match self.remove("SNAPSHOT_END", snapshot)? {
-            Incoming::GivenUp => return Ok(Action::Nothing),
-            Incoming::Receiving(counts) => counts,
-        };
+        let incoming = self.remove("SNAPSHOT_END", snapshot)?;
         let damaged = |reason| Ok(Action::Damaged { snapshot, reason, by_peer: false });
+        let (what, count, bytes) = match &incoming {
+            Incoming::GivenUp => return Ok(Action::Nothing),
+            Incoming::Receiving(counts) => ("images", counts.images, counts.bytes),
+            Incoming::Round(round) => ("page spaces", round.spaces, round.bytes),
+        };
         if !end.complete {
             return damaged("its end came without the mark of completeness".into());
         }
-        if let Some(open) = counts.open.values().next() {
-            return damaged(format!("it ended while image {} was still open", open.name));
+        if let Some(open) = incoming.unfinished() {
+            return damaged(open);
         }
-        let (images, bytes) = (counts.images, counts.bytes);
-        if (end.images, end.bytes) != (images, bytes) {
+        if (end.images, end.bytes) != (count, bytes) {
             return damaged(format!(
-                "{} images with {} bytes were announced, {images} with {bytes} have come",
+                "{} {what} with {} bytes were announced, {count} with {bytes} have come",
                 end.images, end.bytes
             ));
         }
-        Ok(Action::Complete { snapshot, images, bytes, partial: end.partial })
+        Ok(match incoming {
+            Incoming::Round(_) => Action::CompleteRound { snapshot, spaces: count, bytes },
+            _ => Action::Complete { snapshot, images: count, bytes, partial: end.partial },
+        })
     }
 
     fn damaged(&mut self, snapshot: u32, reason: String) -> Action {
@@ -353,6 +493,25 @@ impl Receiver {
     ) -> Result<Option<&mut Counts>, Violation> {
         match self.snapshots.get_mut(&snapshot) {
             Some(Incoming::Receiving(counts)) => Ok(Some(counts)),
+            Some(Incoming::Round(_)) => {
+                Err(Violation::WrongContents { kind, snapshot, is: "is a round of pages" })
+            }
+            Some(Incoming::GivenUp) => Ok(None),
+            None => Err(Violation::NoSuchSnapshot { kind, snapshot }),
+        }
+    }
+
+    /// A round under way; `None` if this side has given it up.
+    fn round(
+        &mut self,
+        kind: &'static str,
+        snapshot: u32,
+    ) -> Result<Option<&mut Round>, Violation> {
+        match self.snapshots.get_mut(&snapshot) {
+            Some(Incoming::Round(round)) => Ok(Some(round)),
+            Some(Incoming::Receiving(_)) => {
+                Err(Violation::WrongContents { kind, snapshot, is: "has images" })
+            }
             Some(Incoming::GivenUp) => Ok(None),
             None => Err(Violation::NoSuchSnapshot { kind, snapshot }),
         }
@@ -360,6 +519,26 @@ impl Receiver {
 
     fn remove(&mut self, kind: &'static str, snapshot: u32) -> Result<Incoming, Violation> {
         self.snapshots.remove(&snapshot).ok_or(Violation::NoSuchSnapshot { kind, snapshot })
+    }
+}
+
+impl Incoming {
+    /// What has begun and not ended, in words.
+    fn unfinished(&self) -> Option<String> {
+        match self {
+            Incoming::Receiving(counts) => {
+                let open = counts.open.values().next()?;
+                Some(format!("it ended while image {} was still open", open.name))
+            }
+            Incoming::Round(round) => (round.missing > 0).then(|| round.cut_short()),
+            Incoming::GivenUp => None,
+        }
+    }
+}
+
+impl Round {
+    fn cut_short(&self) -> String {
+        format!("{} bytes of the pages that were announced did not come", self.missing)
     }
 }
 

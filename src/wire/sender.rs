@@ -4,8 +4,10 @@
 use std::collections::HashMap;
 
 use super::message::{
-    ImageBegin, ImageData, ImageEnd, Message, Region, SnapshotBegin, SnapshotEnd, SnapshotList,
+    self, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, Region, SnapshotBegin,
+    SnapshotEnd, SnapshotList,
 };
+use crate::criu::pages::{Run, Space};
 
 /// What the cache said.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +18,13 @@ pub enum Said {
     Ready {
         /// Its number.
         snapshot: u32,
+    },
+    /// Page spaces that a round's parent has.
+    Spaces {
+        /// The round's number.
+        snapshot: u32,
+        /// Which.
+        spaces: Vec<Space>,
     },
     /// An image's beginning is accepted.
     ImageReady {
@@ -72,6 +81,10 @@ pub fn said(message: Message) -> Result<Said, OutOfOrder> {
         Message::ImageAck(ack) => {
             Ok(Said::ImageAcknowledged { snapshot: ack.snapshot, image: ack.image })
         }
+        Message::Spaces(spaces) => Ok(Said::Spaces {
+            snapshot: spaces.snapshot,
+            spaces: message::spaces(&spaces).collect(),
+        }),
         Message::Region(region) => Ok(Said::Region(region)),
         Message::SnapshotAbort(abort) => {
             Ok(Said::Refused { snapshot: abort.snapshot, reason: abort.reason })
@@ -91,6 +104,7 @@ pub struct Sender {
 struct Outgoing {
     /// The size so far of each open image.
     open: HashMap<u32, u64>,
+    /// Those that have ended; of a round, the page spaces that have begun.
     images: u64,
     bytes: u64,
 }
@@ -101,7 +115,35 @@ impl Sender {
     /// A snapshot begins. One that is `named` is kept for those who ask for it by its id.
     pub fn begin(&mut self, snapshot: u32, id: &str, named: bool) -> Message {
         self.snapshots.insert(snapshot, Outgoing::default());
-        Message::SnapshotBegin(SnapshotBegin { snapshot, id: id.to_owned(), named })
+        let id = id.to_owned();
+        Message::SnapshotBegin(SnapshotBegin { snapshot, id, named, ..SnapshotBegin::default() })
+    }
+
+    /// A round of a snapshot's pages begins. `parent` is the snapshot whose pages they are based on, if it
+    /// is not this one itself.
+    pub fn begin_round(&mut self, snapshot: u32, id: &str, parent: Option<&str>) -> Message {
+        self.snapshots.insert(snapshot, Outgoing::default());
+        let (id, parent) = (id.to_owned(), parent.unwrap_or_default().to_owned());
+        Message::SnapshotBegin(SnapshotBegin { snapshot, id, named: true, round: true, parent })
+    }
+
+    /// A page space begins: what follows in this round belongs to it.
+    pub fn space(&mut self, snapshot: u32, space: Space) -> Option<Message> {
+        self.snapshots.get_mut(&snapshot)?.images += 1;
+        Some(Message::Space(message::space(snapshot, space)))
+    }
+
+    /// Pages follow in the space, or are where they say.
+    pub fn pages(&mut self, snapshot: u32, run: Run) -> Option<Message> {
+        self.snapshots.contains_key(&snapshot).then_some(())?;
+        let (address, pages, flags) = (run.address(), run.pages(), run.contents().flags());
+        Some(Message::Pages(Pages { snapshot, address, pages, flags }))
+    }
+
+    /// The pages go on with `len` bytes.
+    pub fn page_data(&mut self, snapshot: u32, len: usize) -> Option<Message> {
+        self.snapshots.get_mut(&snapshot)?.bytes += len as u64;
+        Some(Message::PageData(PageData { snapshot }))
     }
 
     /// The snapshot's id is appended to a list.
