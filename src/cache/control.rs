@@ -144,7 +144,8 @@ fn describe(snapshot: &Snapshot) -> model::Snapshot {
     let counts = snapshot.counts();
     let (state, reason) = match &snapshot.state {
         State::Awaited => (SnapshotState::Awaited, ""),
-        State::Receiving(_) => (SnapshotState::Receiving, ""),
+        State::Paged if snapshot.flat().is_some() => (SnapshotState::Paged, ""),
+        State::Paged | State::Receiving(_) => (SnapshotState::Receiving, ""),
         State::Whole(_) => (SnapshotState::Whole, ""),
         State::Taken(_) => (SnapshotState::Taken, ""),
         State::Damaged { reason, .. } => (SnapshotState::Damaged, reason.as_str()),

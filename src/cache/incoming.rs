@@ -1,4 +1,4 @@
-//! What comes on a link: snapshots in any interleaving, into the store.
+//! What comes on a link: snapshots and rounds in any interleaving, into the store.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -12,17 +12,20 @@ use super::Cache;
 use super::answers::Answer;
 use super::link::Over;
 use super::regions;
+use super::rounds::{ArrivingRound, Rounds};
+use crate::criu::pages::{Run, Space};
 use crate::daemon::journal;
 use crate::daemon::sessions::Session;
-use crate::store::{Image, Key, Sender, Store};
+use crate::store::{Image, Key, Refused, Sender, Store};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
     ImageAck, ImageReady, Message, REGIONS_MAX, RegionRequest, SnapshotAck, SnapshotReady,
+    all_spaces,
 };
 use crate::wire::receiver::{Action, Limits, Receiver};
 
 /// Why a snapshot ends that is not listed any more.
-const DROPPED: &str = "it was dropped by the operator";
+pub(super) const DROPPED: &str = "it was dropped by the operator";
 
 /// The incoming direction.
 pub(super) struct Incoming<'a> {
@@ -31,6 +34,7 @@ pub(super) struct Incoming<'a> {
     sender: &'a Sender,
     receiver: Receiver,
     snapshots: HashMap<u32, Arriving>,
+    rounds: Rounds,
     replies: mpsc::Sender<Answer>,
     regions: JoinSet<()>,
     /// Whether an answer had to be left out: the peer does not read.
@@ -55,9 +59,17 @@ impl<'a> Incoming<'a> {
         replies: mpsc::Sender<Answer>,
     ) -> Incoming<'a> {
         let receiver = Receiver::new(limits);
-        let (store, snapshots) = (&*cache.store, HashMap::new());
-        let regions = JoinSet::new();
-        Incoming { cache, store, sender, receiver, snapshots, replies, regions, deaf: false }
+        Incoming {
+            cache,
+            store: &cache.store,
+            sender,
+            receiver,
+            snapshots: HashMap::new(),
+            rounds: Rounds::new(),
+            replies,
+            regions: JoinSet::new(),
+            deaf: false,
+        }
     }
 
     /// Receives until the link is over; says why it is.
@@ -84,9 +96,17 @@ impl<'a> Incoming<'a> {
         match self.receiver.receive(message, len)? {
             Action::Nothing => {}
             Action::Begin { snapshot, id, named, parent: _ } => self.begin(snapshot, id, named),
-            Action::BeginRound { snapshot, .. } => self.give_up(snapshot, "not yet"),
-            Action::Space { .. } | Action::Pages { .. } | Action::CompleteRound { .. } => {}
-            Action::PageData { .. } => reader.discard(len).await?,
+            Action::BeginRound { snapshot, id, parent } => {
+                self.begin_round(snapshot, id, parent.as_deref());
+            }
+            Action::Space { snapshot, space } => self.space(snapshot, space),
+            Action::Pages { snapshot, run } => self.pages(snapshot, run),
+            Action::PageData { snapshot } => {
+                return self.page_data(reader, snapshot, len).await;
+            }
+            Action::CompleteRound { snapshot, spaces, bytes } => {
+                self.complete_round(snapshot, spaces, bytes);
+            }
             Action::List { snapshot, list } => self.append_to_list(snapshot, &list),
             Action::BeginImage { snapshot, image, name, append } => {
                 self.begin_image(reader, snapshot, image, &name, append).await?;
@@ -126,14 +146,85 @@ impl<'a> Incoming<'a> {
                 self.snapshots.insert(snapshot, arriving);
                 self.answer(Message::SnapshotReady(SnapshotReady { snapshot }));
             }
-            Err(refused) => {
-                let message_id = journal::SNAPSHOT_DAMAGED;
-                tracing::warn!(
-                    message_id,
+            Err(refused) => self.refuse(snapshot, &id, &refused),
+        }
+    }
+
+    fn refuse(&mut self, snapshot: u32, id: &str, refused: &Refused) {
+        let message_id = journal::SNAPSHOT_DAMAGED;
+        tracing::warn!(message_id, criu_snapshot = id, "snapshot {id} is refused: {refused}");
+        self.give_up(snapshot, &refused.to_string());
+    }
+
+    fn begin_round(&mut self, snapshot: u32, id: String, parent: Option<&str>) {
+        match self.store.begin_round(&id, self.sender, parent) {
+            Ok((coming, spaces)) => {
+                let busy = self.cache.links.busy.enter();
+                self.rounds.insert(snapshot, ArrivingRound::new(id, coming, busy));
+                all_spaces(snapshot, &spaces).for_each(|message| self.answer(message));
+                self.answer(Message::SnapshotReady(SnapshotReady { snapshot }));
+            }
+            Err(refused) => self.refuse(snapshot, &id, &refused),
+        }
+    }
+
+    fn space(&mut self, snapshot: u32, space: Space) {
+        let Some(round) = self.rounds.get_mut(&snapshot) else { return };
+        if let Err(reason) = round.space(space) {
+            self.fail(snapshot, &reason, true);
+        }
+    }
+
+    fn pages(&mut self, snapshot: u32, run: Run) {
+        let Some(round) = self.rounds.get_mut(&snapshot) else { return };
+        if let Err(reason) = round.pages(run) {
+            self.fail(snapshot, &reason, true);
+        }
+    }
+
+    /// Payload: charged, then spliced into the layer of its page space.
+    async fn page_data(
+        &mut self,
+        reader: &mut Reader,
+        snapshot: u32,
+        len: usize,
+    ) -> Result<(), Over> {
+        let Some(round) = self.rounds.get_mut(&snapshot) else {
+            return Ok(reader.discard(len).await?);
+        };
+        if let Err(reason) = round.receive(self.store, reader, len as u64).await? {
+            self.fail(snapshot, &reason, true);
+        }
+        Ok(())
+    }
+
+    fn complete_round(&mut self, snapshot: u32, images: u64, bytes: u64) {
+        let Some(round) = self.rounds.remove(&snapshot) else { return };
+        let ArrivingRound { id, coming, started, .. } = round;
+        let seconds = started.elapsed().as_secs_f64();
+        match self.store.complete_round(coming) {
+            Ok(superseded) => {
+                tracing::info!(
+                    message_id = journal::ROUND_HELD,
                     criu_snapshot = id,
-                    "snapshot {id} is refused: {refused}"
+                    criu_bytes = bytes,
+                    criu_seconds = seconds,
+                    "a round of snapshot {id} is held: {bytes} bytes of pages, {seconds:.2} s"
                 );
-                self.give_up(snapshot, &refused.to_string());
+                if let Some(parent) = superseded {
+                    let message_id = journal::SNAPSHOT_DROPPED;
+                    let criu_snapshot = parent.as_str();
+                    tracing::info!(
+                        message_id,
+                        criu_snapshot,
+                        "the pages of {parent} are superseded by those of {id}"
+                    );
+                }
+                self.answer(Message::SnapshotAck(SnapshotAck { snapshot, images, bytes }));
+            }
+            Err(reason) => {
+                self.tell_round_failed(&id, &reason);
+                self.give_up(snapshot, &reason);
             }
         }
     }
@@ -262,6 +353,9 @@ impl<'a> Incoming<'a> {
         if let Some(arriving) = self.snapshots.remove(&snapshot) {
             self.store.fail(arriving.key, reason);
             self.tell_damaged(&arriving.id, reason);
+        } else if let Some(round) = self.rounds.remove(&snapshot) {
+            self.store.fail_round(&round.coming, reason);
+            self.tell_round_failed(&round.id, reason);
         } else {
             let message_id = journal::SNAPSHOT_DAMAGED;
             tracing::warn!(
@@ -295,9 +389,21 @@ impl<'a> Incoming<'a> {
         );
     }
 
-    /// The link is over: what was under way is damaged. Returns how many snapshots that were.
+    fn tell_round_failed(&self, id: &str, reason: &str) {
+        let message_id = journal::SNAPSHOT_DAMAGED;
+        let criu_snapshot = id;
+        tracing::warn!(
+            message_id,
+            criu_snapshot,
+            "a round of snapshot {id} from {} failed: {reason}",
+            self.sender.name
+        );
+    }
+
+    /// The link is over: what was under way is damaged. Returns how many snapshots and rounds that were.
     pub(super) fn abandon(&mut self, reason: &str) -> usize {
-        let under_way: Vec<u32> = self.snapshots.keys().copied().collect();
+        let under_way: Vec<u32> =
+            self.snapshots.keys().chain(self.rounds.keys()).copied().collect();
         for snapshot in &under_way {
             self.fail(*snapshot, reason, false);
         }

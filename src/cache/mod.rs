@@ -1,6 +1,7 @@
 //! The destination host: links from proxies come in, CRIU's restores are served.
 //!
-//! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it,
+//! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it, `rounds`
+//!   the pages among it,
 //!   `answers` what goes back, `regions` the parts of images that it asks for.
 //! - [`remote`]: one client that names what it reads.
 //! - [`restore`]: one CRIU run, as a list of phases; `fill` is an image on its way out.
@@ -14,6 +15,7 @@ mod control;
 mod fill;
 mod incoming;
 mod regions;
+mod rounds;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -150,7 +152,7 @@ impl StateCounts {
         let mut counts = StateCounts::default();
         store.for_each(|snapshot| match snapshot.state {
             State::Awaited => {}
-            State::Receiving(_) => counts.receiving += 1,
+            State::Paged | State::Receiving(_) => counts.receiving += 1,
             State::Whole(_) => counts.whole += 1,
             State::Taken(_) => counts.taken += 1,
             State::Damaged { .. } => counts.damaged += 1,

@@ -75,7 +75,7 @@ fn look(
                 Err((Errno::IO, format!("snapshot {id} is damaged: {reason}")))
             }
             State::Taken(_) => Err((Errno::STALE, format!("a restore has taken snapshot {id}"))),
-            State::Awaited | State::Receiving(_) | State::Whole(_) => {
+            State::Awaited | State::Paged | State::Receiving(_) | State::Whole(_) => {
                 Ok(snapshot.images().and_then(|images| images.get(name)).cloned())
             }
         })

@@ -18,5 +18,7 @@ pub const SNAPSHOT_DROPPED: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f805";
 pub const LINK_UP: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f806";
 /// A link is lost, or could not be had.
 pub const LINK_LOST: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f807";
+/// A cache holds a round of a snapshot's pages.
+pub const ROUND_HELD: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f809";
 /// A peer was refused or broke a protocol.
 pub const PEER_REFUSED: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f808";

@@ -49,7 +49,7 @@ impl Claim {
                         let (id, reason) = (snapshot.id.clone(), reason.clone());
                         return Err(Unavailable::Damaged { id, reason });
                     }
-                    State::Awaited | State::Receiving(_) => {}
+                    State::Awaited | State::Paged | State::Receiving(_) => {}
                 },
             }
             // The store outlives its claims, so the sender is there.

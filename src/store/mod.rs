@@ -4,8 +4,10 @@
 //! ```text
 //!              begin            complete              take            keep is over, drop
 //!  awaited ──────────▶ receiving ───────▶ whole ───────────▶ taken ───────────▶ (dropped)
-//!                          │ fail, a check that fails
-//!                          └───────────▶ damaged ───▶ (dropped, after keep-damaged)
+//!     │                ▲   │ fail, a check that fails
+//!     │                │   └───────────▶ damaged ───▶ (dropped, after keep-damaged)
+//!     └──────────────▶ paged ◀─┐ a round of pages
+//!       begin_round      └─────┘
 //! ```
 //!
 //! Only whole and taken snapshots have images that a restore can get. A damaged one has given its
@@ -17,6 +19,7 @@ mod image;
 mod lists;
 pub mod pages;
 mod quota;
+mod rounds;
 mod snapshot;
 
 use std::cell::{Cell, RefCell};
@@ -30,6 +33,7 @@ use tokio::sync::watch;
 pub use claim::{Claim, Unavailable};
 pub use image::Image;
 pub use quota::{Charge, Exhausted, Quota};
+pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Sender, Snapshot, State};
 
 use lists::Lists;
@@ -49,6 +53,7 @@ pub struct Store {
     snapshots: RefCell<BTreeMap<Key, Snapshot>>,
     lists: RefCell<Lists>,
     next_key: Cell<u64>,
+    next_round: Cell<u64>,
     quota: Quota,
     total: Cell<u64>,
     changed: watch::Sender<()>,
@@ -69,6 +74,17 @@ pub enum Refused {
     /// The id is that of a snapshot still coming.
     #[error("a snapshot {0} is being received already")]
     UnderWay(String),
+    /// A round of the same snapshot is coming.
+    #[error("a round of pages of snapshot {0} is being received already")]
+    RoundUnderWay(String),
+    /// The pages of the parent are not there.
+    #[error("the parent {parent} cannot be used: {why}")]
+    NoParent {
+        /// The parent's id.
+        parent: String,
+        /// Why.
+        why: String,
+    },
     /// The id is that of a snapshot which a restore is reading.
     #[error("a restore is reading a snapshot {0}")]
     InUse(String),
@@ -105,6 +121,7 @@ impl Store {
             snapshots: RefCell::default(),
             lists: RefCell::default(),
             next_key: Cell::new(0),
+            next_round: Cell::new(0),
             total: Cell::new(0),
             changed: watch::Sender::new(()),
         })
@@ -191,12 +208,16 @@ impl Store {
             State::Receiving(_) => Some(Refused::UnderWay(id.to_owned())),
             State::Whole(_) => Some(Refused::Exists(id.to_owned())),
             State::Taken(_) if known.restores > 0 => Some(Refused::InUse(id.to_owned())),
-            State::Awaited | State::Taken(_) | State::Damaged { .. } => None,
+            // Pages of a process go with images of the same one.
+            State::Paged if known.sender.host != sender.host => {
+                Some(Refused::UnderWay(id.to_owned()))
+            }
+            State::Awaited | State::Paged | State::Taken(_) | State::Damaged { .. } => None,
         });
         if let Some(refused) = refused.flatten() {
             return Err(refused);
         }
-        self.update(key, |snapshot| snapshot.begin(sender));
+        self.update(key, |snapshot| snapshot.begin(sender, State::Receiving(Rc::default())));
         Ok(key)
     }
 
@@ -243,7 +264,9 @@ impl Store {
     pub fn list_is_settled(&self, list: &str) -> bool {
         let ids = self.list_ids(list);
         let coming = |id: &String| {
-            self.find(id, |found| matches!(found.state, State::Awaited | State::Receiving(_)))
+            self.find(id, |found| {
+                matches!(found.state, State::Awaited | State::Paged | State::Receiving(_))
+            })
         };
         !ids.is_empty() && !ids.iter().any(|id| coming(id) == Some(true))
     }
@@ -283,9 +306,11 @@ impl Store {
 
     /// How many bytes a snapshot is charged for.
     fn charged(&self, key: Key) -> u64 {
-        let snapshots = self.snapshots.borrow();
-        let images = snapshots.get(&key).and_then(Snapshot::images);
-        images.map_or(0, |images| images.values().map(|image| image.charged()).sum())
+        let charged = |snapshot: &Snapshot| {
+            let images = snapshot.images().into_iter().flat_map(BTreeMap::values);
+            images.map(|image| image.charged()).sum::<u64>() + snapshot.paged()
+        };
+        self.look(key, charged).unwrap_or(0)
     }
 
     /// Counts bytes that came in.
@@ -296,11 +321,18 @@ impl Store {
     /// Everything of a snapshot has come: checks it, and makes it whole or damaged. The error is the
     /// reason for the latter. What is `partial` need not be a checkpoint by itself.
     pub fn complete(&self, key: Key, partial: bool) -> Result<(), String> {
-        let images = match self.snapshots.borrow().get(&key) {
-            Some(Snapshot { state: State::Receiving(images), .. }) => images.clone(),
+        let (images, paging) = match self.snapshots.borrow().get(&key) {
+            Some(Snapshot { state: State::Receiving(images), pages, .. }) => {
+                (images.clone(), pages.coming.is_some())
+            }
             _ => return Err(Refused::Dropped.to_string()),
         };
-        if let Err(reason) = check::check(&images, partial) {
+        let checked = if paging {
+            Err("its end came while a round of its pages was still coming".to_owned())
+        } else {
+            check::check(&images, partial)
+        };
+        if let Err(reason) = checked {
             self.fail(key, &reason);
             return Err(reason);
         }
@@ -308,12 +340,10 @@ impl Store {
         Ok(())
     }
 
-    /// A snapshot cannot be completed: its bytes are given back, its reason is kept.
+    /// A snapshot cannot be completed: its bytes are given back, its reason is kept. One that had pages
+    /// before its images began keeps those.
     pub fn fail(&self, key: Key, reason: &str) {
-        self.update(key, |snapshot| {
-            let counts = snapshot.counts();
-            snapshot.end(State::Damaged { reason: reason.to_owned(), counts });
-        });
+        self.update(key, |snapshot| snapshot.fail(reason));
     }
 
     /// Binds a restore to the oldest snapshot that is whole or coming, that no restore is bound to

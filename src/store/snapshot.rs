@@ -5,7 +5,10 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Instant;
 
+use super::Key;
 use super::image::Image;
+use super::pages::{Flat, PAGE};
+use crate::criu::pages::Space;
 use crate::sys::clock::now_ms;
 
 /// The images of a snapshot by name.
@@ -25,6 +28,8 @@ pub struct Counts {
 pub enum State {
     /// A restore asks for it by name; nothing has come.
     Awaited,
+    /// Its pages are coming or held, and its images are to come.
+    Paged,
     /// Images are coming.
     Receiving(Rc<Images>),
     /// All have come, and passed the checks.
@@ -49,6 +54,21 @@ pub struct Sender {
     pub host: Option<IpAddr>,
 }
 
+/// The pages of a snapshot that came apart from its images, in rounds.
+#[derive(Debug, Default)]
+pub(super) struct Pages {
+    /// What the rounds so far brought; `None` before the first.
+    pub(super) flat: Option<Flat<Space>>,
+    /// A round has failed: CRIU takes what it brought for sent, so the next one has to bring everything.
+    pub(super) broken: bool,
+    /// The number of the round that is coming.
+    pub(super) coming: Option<u64>,
+    /// The snapshot that it is based on, if that is another one.
+    pub(super) parent: Option<Key>,
+    /// Whether the images that are coming were begun after pages had come.
+    joined: bool,
+}
+
 /// A snapshot in the store.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -68,6 +88,7 @@ pub struct Snapshot {
     pub restores: usize,
     /// Whether it is kept for restores that ask for it by name.
     pub reserved: bool,
+    pub(super) pages: Pages,
 }
 
 impl Snapshot {
@@ -81,14 +102,34 @@ impl Snapshot {
             ended_ms: 0,
             restores: 0,
             reserved: false,
+            pages: Pages::default(),
         }
     }
 
-    /// Begins to come, or to come again.
-    pub(super) fn begin(&mut self, sender: &Sender) {
+    /// Begins to come, or to come again: as `state` says, which is [`State::Receiving`] or
+    /// [`State::Paged`]. Its pages stay if they were to be joined by images.
+    pub(super) fn begin(&mut self, sender: &Sender, state: State) {
         let (restores, reserved) = (self.restores, self.reserved);
-        let begun = Snapshot::new(&self.id, sender, State::Receiving(Rc::default()));
-        *self = Snapshot { restores, reserved, ..begun };
+        let mut pages = Pages::default();
+        if matches!(self.state, State::Paged) {
+            pages = std::mem::take(&mut self.pages);
+            pages.joined = matches!(state, State::Receiving(_));
+        }
+        let begun = Snapshot::new(&self.id, sender, state);
+        *self = Snapshot { restores, reserved, pages, ..begun };
+    }
+
+    /// Cannot be completed: becomes damaged, and gives its bytes back. What pages it had before its images
+    /// began stay: their process may be gone, and the images may be sent again.
+    pub(super) fn fail(&mut self, reason: &str) {
+        if self.pages.joined && self.pages.flat.is_some() {
+            self.state = State::Paged;
+            self.since = Instant::now();
+            return;
+        }
+        let counts = self.counts();
+        self.pages = Pages::default();
+        self.end(State::Damaged { reason: reason.to_owned(), counts });
     }
 
     /// Becomes whole or damaged.
@@ -108,7 +149,7 @@ impl Snapshot {
     pub fn images(&self) -> Option<&Images> {
         match &self.state {
             State::Receiving(images) | State::Whole(images) | State::Taken(images) => Some(images),
-            State::Awaited | State::Damaged { .. } => None,
+            State::Awaited | State::Paged | State::Damaged { .. } => None,
         }
     }
 
@@ -116,10 +157,21 @@ impl Snapshot {
     pub fn counts(&self) -> Counts {
         match &self.state {
             State::Damaged { counts, .. } => *counts,
+            State::Paged => Counts { images: 0, bytes: self.paged() },
             _ => self.images().map_or_else(Counts::default, |images| Counts {
                 images: images.len() as u64,
                 bytes: images.values().map(|image| image.len()).sum(),
             }),
         }
+    }
+
+    /// Its pages that came in rounds; `None` if no round has come yet.
+    pub fn flat(&self) -> Option<&Flat<Space>> {
+        self.pages.flat.as_ref()
+    }
+
+    /// How many bytes of pages came in rounds and are held.
+    pub(super) fn paged(&self) -> u64 {
+        self.flat().map_or(0, |flat| flat.pages() * PAGE)
     }
 }

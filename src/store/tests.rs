@@ -33,6 +33,7 @@ async fn whole(store: &Rc<Store>, id: &str) -> Key {
 fn state(store: &Store, id: &str) -> &'static str {
     let name = |snapshot: &Snapshot| match snapshot.state {
         State::Awaited => "awaited",
+        State::Paged => "paged",
         State::Receiving(_) => "receiving",
         State::Whole(_) => "whole",
         State::Taken(_) => "taken",
