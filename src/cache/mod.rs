@@ -20,11 +20,11 @@ mod rounds;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Instant;
 
-use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::config::CacheSettings;
 use crate::control::model::LinkStatus;
@@ -32,7 +32,7 @@ use crate::criu::remote::CACHE_SOCKET;
 use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::accept::{Listeners, accept_each, permits};
 use crate::daemon::given::GivenLink;
-use crate::daemon::handed_over::into_tokio;
+use crate::daemon::handed_over::{into_tokio, tcp_into_tokio};
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
@@ -282,9 +282,4 @@ impl Daemon for Cache {
             }
         });
     }
-}
-
-fn tcp_into_tokio(listener: StdTcpListener) -> io::Result<TcpListener> {
-    listener.set_nonblocking(true)?;
-    TcpListener::from_std(listener)
 }

@@ -1,10 +1,14 @@
-//! Sockets that `criu-imagectl open` hands over: a listening one, or one connection.
+//! Sockets that a peer of the control socket hands over: a listening one, or one connection.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net;
 
-use tokio::net::{UnixListener, UnixStream};
+use rustix::net::AddressFamily;
+use rustix::net::sockopt::socket_domain;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+
+use crate::sys::connected::{Connected, Stream};
 
 /// A unix socket from a peer of the control socket.
 #[derive(Debug)]
@@ -26,6 +30,59 @@ impl Socket {
             UnixStream::from_std(socket).map(Socket::Connected)
         }
     }
+}
+
+/// A socket on which CRIU's page server protocol is spoken.
+#[derive(Debug)]
+pub enum PagesSocket {
+    /// CRIU runs connect to it.
+    Listening(PagesListener),
+    /// One client is connected.
+    Connected(Stream),
+}
+
+/// A socket on which clients of CRIU's page server protocol connect.
+#[derive(Debug)]
+pub enum PagesListener {
+    /// As `--address` and `--port` name it.
+    Tcp(TcpListener),
+    /// As a client that connects itself (`--ps-socket`) may use it.
+    Unix(UnixListener),
+}
+
+impl PagesSocket {
+    /// Registers a stream socket with the event loop.
+    pub fn from(listening: bool, socket: OwnedFd) -> io::Result<PagesSocket> {
+        if !listening {
+            let connected = Connected::adopt(socket).map_err(io::Error::other)?;
+            return connected.register().map(PagesSocket::Connected);
+        }
+        let listener = if socket_domain(&socket)? == AddressFamily::UNIX {
+            PagesListener::Unix(into_tokio(socket.into())?)
+        } else {
+            PagesListener::Tcp(tcp_into_tokio(socket.into())?)
+        };
+        Ok(PagesSocket::Listening(listener))
+    }
+}
+
+impl PagesListener {
+    /// Accepts one connection.
+    pub async fn accept(&self) -> io::Result<Stream> {
+        match self {
+            PagesListener::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                Stream::from_tcp(stream, peer)
+            }
+            PagesListener::Unix(listener) => Ok(Stream::from_unix(listener.accept().await?.0)),
+        }
+    }
+}
+
+/// Registers a listening TCP socket with the event loop.
+pub fn tcp_into_tokio(listener: std::net::TcpListener) -> io::Result<TcpListener> {
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener)
 }
 
 /// Registers a listening socket with the event loop.

@@ -165,7 +165,7 @@ impl Client {
                     Ok(byte) => Ok(byte?.is_some()),
                 }
             }
-            Source::Socket(_) => Ok(!self.has_hung_up()),
+            Source::Socket(_) | Source::Stream(_) => Ok(!self.has_hung_up()),
         }
     }
 

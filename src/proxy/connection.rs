@@ -1,7 +1,7 @@
 //! A link that is up: the snapshots that share it, and the two tasks that speak on it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use tokio::time::{interval, timeout};
 
 use super::upload::{Chunk, Fate, Told, Upload};
 use crate::config::LinkSettings;
+use crate::criu::pages::{Run, Space};
 use crate::sys::ends::Source;
 use crate::wire::lane::{LaneError, Reader, Writer};
 use crate::wire::message::{KeepAlive, Message, REGIONS_MAX, Region, RegionRequest};
@@ -26,6 +27,26 @@ pub(super) enum Command {
         snapshot: u32,
         id: String,
         named: bool,
+    },
+    BeginRound {
+        snapshot: u32,
+        id: String,
+        parent: Option<String>,
+    },
+    Space {
+        snapshot: u32,
+        space: Space,
+    },
+    Pages {
+        snapshot: u32,
+        run: Run,
+    },
+    /// At most `len` bytes of the pages that were announced last.
+    PageData {
+        snapshot: u32,
+        source: Rc<Source>,
+        len: usize,
+        moved: oneshot::Sender<io::Result<Chunk>>,
     },
     List {
         snapshot: u32,
@@ -65,6 +86,8 @@ struct Waiting {
     fates: HashMap<u32, watch::Sender<Fate>>,
     /// How often the cache said that it is ready for a snapshot.
     ready: HashMap<u32, watch::Sender<u64>>,
+    /// The page spaces that a round's parent has.
+    spaces: HashMap<u32, HashSet<Space>>,
     /// The images whose writers want to know.
     images: HashMap<(u32, u32), mpsc::UnboundedSender<Told>>,
     regions: HashMap<u32, Asked>,
@@ -125,6 +148,17 @@ impl Connection {
 
     /// Begins a snapshot. One that is `named` is kept for those who ask for it by its id.
     pub async fn begin(self: &Rc<Self>, id: &str, named: bool) -> Upload {
+        let id = id.to_owned();
+        self.begin_with(|snapshot| Command::Begin { snapshot, id, named }).await
+    }
+
+    /// Begins a round of a snapshot's pages, see [`round`](super::round).
+    pub(super) async fn begin_round(self: &Rc<Self>, id: &str, parent: Option<&str>) -> Upload {
+        let (id, parent) = (id.to_owned(), parent.map(str::to_owned));
+        self.begin_with(|snapshot| Command::BeginRound { snapshot, id, parent }).await
+    }
+
+    async fn begin_with(self: &Rc<Self>, command: impl FnOnce(u32) -> Command) -> Upload {
         let place = self.place().await;
         let snapshot = self.next.replace(self.next.get().wrapping_add(1));
         let (fate_sender, ready_sender) = (watch::Sender::new(Fate::Open), watch::Sender::new(0));
@@ -134,7 +168,7 @@ impl Connection {
             let mut waiting = self.waiting.borrow_mut();
             waiting.fates.insert(snapshot, fate_sender);
             waiting.ready.insert(snapshot, ready_sender);
-            place.send(Command::Begin { snapshot, id: id.to_owned(), named });
+            place.send(command(snapshot));
         }
         Upload::new(self.clone(), snapshot, fate, ready)
     }
@@ -190,11 +224,17 @@ impl Connection {
         told
     }
 
+    /// The page spaces that a round's parent has, once the cache is ready for the round.
+    pub(super) fn take_spaces(&self, snapshot: u32) -> HashSet<Space> {
+        self.waiting.borrow_mut().spaces.remove(&snapshot).unwrap_or_default()
+    }
+
     /// Nobody waits for word of a snapshot any more.
     pub(super) fn forget(&self, snapshot: u32) {
         let mut waiting = self.waiting.borrow_mut();
         waiting.fates.remove(&snapshot);
         waiting.ready.remove(&snapshot);
+        waiting.spaces.remove(&snapshot);
         waiting.images.retain(|(of, _), _| *of != snapshot);
     }
 
@@ -218,7 +258,12 @@ impl Connection {
     fn hear(&self, said: Said) -> Result<(), String> {
         let mut waiting = self.waiting.borrow_mut();
         match said {
-            Said::Nothing | Said::Region(_) | Said::Spaces { .. } => {}
+            Said::Nothing | Said::Region(_) => {}
+            Said::Spaces { snapshot, spaces } => {
+                if waiting.fates.contains_key(&snapshot) {
+                    waiting.spaces.entry(snapshot).or_default().extend(spaces);
+                }
+            }
             Said::Ready { snapshot } => {
                 if let Some(ready) = waiting.ready.get(&snapshot) {
                     ready.send_modify(|times| *times += 1);
@@ -328,6 +373,11 @@ async fn obey(
 ) -> io::Result<()> {
     let message = match command {
         Command::Begin { snapshot, id, named } => Some(sender.begin(snapshot, &id, named)),
+        Command::BeginRound { snapshot, id, parent } => {
+            Some(sender.begin_round(snapshot, &id, parent.as_deref()))
+        }
+        Command::Space { snapshot, space } => sender.space(snapshot, space),
+        Command::Pages { snapshot, run } => sender.pages(snapshot, run),
         Command::List { snapshot, list } => sender.list(snapshot, &list),
         Command::BeginImage { snapshot, image, name, append } => {
             sender.begin_image(snapshot, image, &name, append)
@@ -337,8 +387,15 @@ async fn obey(
         Command::Region(request) => Some(Message::RegionRequest(request)),
         Command::Abort { snapshot, reason } => sender.abort(snapshot, &reason),
         Command::Chunk { snapshot, image, source, moved } => {
-            let outcome = forward(snapshot, image, &source, sender, writer, max_chunk).await?;
+            let data = |len| sender.data(snapshot, image, len);
+            let outcome = forward(&source, max_chunk, data, writer).await?;
             // An image that has gone does not want to know.
+            let _ = moved.send(outcome);
+            None
+        }
+        Command::PageData { snapshot, source, len, moved } => {
+            let data = |len| sender.page_data(snapshot, len);
+            let outcome = forward(&source, len.min(max_chunk), data, writer).await?;
             let _ = moved.send(outcome);
             None
         }
@@ -349,24 +406,23 @@ async fn obey(
     }
 }
 
-/// Moves what has come of an image. The outer error is the link's, the inner one the image's.
+/// Moves what has come, at most `max` bytes, as the payload of `message`, which is given their number. The
+/// outer error is the link's, the inner one the source's.
 async fn forward(
-    snapshot: u32,
-    image: u32,
     source: &Source,
-    sender: &mut Sender,
+    max: usize,
+    message: impl FnOnce(usize) -> Option<Message>,
     writer: &mut Writer,
-    max_chunk: usize,
 ) -> io::Result<io::Result<Chunk>> {
     // Into the lane's own pipe first: then the length is known, nobody else can take the bytes
     // away, and CRIU has room for the next while these are sent.
-    let len = match source.transfer_to(writer.payload(), max_chunk) {
+    let len = match source.transfer_to(writer.payload(), max) {
         Ok(0) => return Ok(Ok(Chunk::End)),
         Ok(len) => len,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Ok(Chunk::NotYet)),
         Err(error) => return Ok(Err(error)),
     };
-    let Some(message) = sender.data(snapshot, image, len) else {
+    let Some(message) = message(len) else {
         writer.drop_payload()?;
         return Ok(Err(io::ErrorKind::ConnectionAborted.into()));
     };

@@ -1,5 +1,6 @@
 //! The proxy behind its control socket.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -7,12 +8,13 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::Proxy;
 use super::dump::{self, Target};
+use super::pages;
 use super::records::Record;
 use crate::config::full_address;
 use crate::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status};
 use crate::control::{Backend, Open, OpenPages, Refusal};
 use crate::daemon::accept::accept_one;
-use crate::daemon::handed_over::Socket;
+use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
 
 /// What answers the control socket.
@@ -65,20 +67,9 @@ impl Backend for Control {
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
         let proxy = self.0.clone();
-        let cache = match &request.to {
-            Some(to) => full_address(to).map_err(Refusal::Refused)?,
-            None => proxy.links.destination(&proxy.settings()),
-        };
-        proxy.links.check(&cache).map_err(Refusal::Refused)?;
-        let socket = Socket::from(request.listening, socket)
-            .map_err(|error| Refusal::Refused(format!("the socket cannot be used: {error}")))?;
-        let record =
-            proxy.records.add(&request.id, &cache, SnapshotState::Awaited).ok_or_else(|| {
-                let id = &request.id;
-                Refusal::Refused(format!(
-                    "snapshot {id} is awaited or being sent already; drop it first"
-                ))
-            })?;
+        let cache = proxy.cache_for(request.to.as_deref())?;
+        let socket = Socket::from(request.listening, socket).map_err(unusable)?;
+        let record = proxy.awaited(&request.id, &cache)?;
         let target = Target { id: request.id, cache, record: Some(record.clone()) };
         match socket {
             Socket::Connected(socket) => {
@@ -97,13 +88,57 @@ impl Backend for Control {
         Ok(())
     }
 
-    fn open_pages(&self, _request: OpenPages, _socket: OwnedFd) -> Result<(), Refusal> {
-        Err(Refusal::Refused("not yet".to_owned()))
+    fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal> {
+        let proxy = self.0.clone();
+        let OpenPages { id, parent, to, listening } = request;
+        let cache = proxy.cache_for(to.as_deref())?;
+        let socket = PagesSocket::from(listening, socket).map_err(unusable)?;
+        // A directory may be open for the images of the same dump.
+        let beside = proxy.records.find(&id).filter(|record| {
+            record.state() == SnapshotState::Awaited && record.info().peer == cache
+        });
+        let record = beside.map_or_else(|| proxy.awaited(&id, &cache), Ok)?;
+        let target = pages::Target { id, parent, cache, record };
+        match socket {
+            PagesSocket::Connected(stream) => {
+                tokio::task::spawn_local(pages::serve(proxy, stream, target));
+            }
+            PagesSocket::Listening(listener) => {
+                self.0.listeners.start(pages::listen(proxy, listener, target));
+            }
+        }
+        Ok(())
     }
 
     fn view(&self, _id: &str) -> Result<Vec<ImageFile>, Refusal> {
-        Err(Refusal::Refused("not yet".to_owned()))
+        Err(Refusal::Refused("a proxy holds no images: ask the cache".to_owned()))
     }
+}
+
+impl Proxy {
+    /// The cache that a snapshot goes to.
+    fn cache_for(&self, to: Option<&str>) -> Result<String, Refusal> {
+        let cache = match to {
+            Some(to) => full_address(to).map_err(Refusal::Refused)?,
+            None => self.links.destination(&self.settings()),
+        };
+        self.links.check(&cache).map_err(Refusal::Refused)?;
+        Ok(cache)
+    }
+
+    /// Lists a snapshot for which a socket is opened.
+    fn awaited(&self, id: &str, cache: &str) -> Result<Rc<Record>, Refusal> {
+        self.records.add(id, cache, SnapshotState::Awaited).ok_or_else(|| {
+            Refusal::Refused(format!(
+                "snapshot {id} is awaited or being sent already; drop it first"
+            ))
+        })
+    }
+}
+
+#[allow(clippy::needless_pass_by_value)] // for map_err
+fn unusable(error: io::Error) -> Refusal {
+    Refusal::Refused(format!("the socket cannot be used: {error}"))
 }
 
 async fn serve(proxy: Rc<Proxy>, socket: UnixStream, target: Target) -> bool {

@@ -2,6 +2,7 @@
 //!
 //! - [`dump`]: one CRIU run, as a list of phases; `requests` and `forward` are its ends, towards
 //!   CRIU's socket and from CRIU's pipes.
+//! - `pages`: CRIU's page server; `round` is what one round sends.
 //! - `remote`: the clients that name their images, and the snapshots that they have begun.
 //! - [`link`]: the links to caches, made when there is something to send; `greeting` is the handshake.
 //! - [`connection`]: a link that is up, and the snapshots that share it, each an [`upload`].
@@ -17,8 +18,10 @@ mod control;
 mod failure;
 mod forward;
 mod greeting;
+mod pages;
 mod remote;
 mod requests;
+mod round;
 
 use std::cell::RefCell;
 use std::io;

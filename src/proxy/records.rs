@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::control::model::{Image, Snapshot, SnapshotState};
 use crate::sys::clock::now_ms;
@@ -37,7 +37,10 @@ pub struct StateCounts {
 pub struct Record {
     info: RefCell<Snapshot>,
     images: RefCell<BTreeMap<String, Image>>,
+    /// Whether images are coming; rounds of pages change no state then.
+    dumping: Cell<bool>,
     stop: watch::Sender<Option<String>>,
+    whole: Notify,
 }
 
 impl Records {
@@ -69,7 +72,9 @@ impl Records {
         let record = Rc::new(Record {
             info: RefCell::new(info),
             images: RefCell::default(),
+            dumping: Cell::new(state == SnapshotState::Receiving),
             stop: watch::Sender::new(None),
+            whole: Notify::new(),
         });
         records.insert(self.next.replace(self.next.get() + 1), record.clone());
         Some(record)
@@ -161,6 +166,26 @@ impl Record {
             ..info.clone()
         };
         self.images.borrow_mut().clear();
+        self.dumping.set(true);
+    }
+
+    /// A round of its pages has come.
+    pub fn begin_round(&self) {
+        let dumping = self.dumping.get();
+        let state = if dumping { self.state() } else { SnapshotState::Receiving };
+        let mut info = self.info.borrow_mut();
+        *info = Snapshot { state, reason: String::new(), ..info.clone() };
+    }
+
+    /// The round has ended: the cache holds its pages, or it failed and why.
+    pub fn end_round(&self, failure: Option<String>) {
+        if self.dumping.get() {
+            return;
+        }
+        let mut info = self.info.borrow_mut();
+        info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Paged };
+        info.reason = failure.unwrap_or_default();
+        info.ended_ms = now_ms();
     }
 
     /// An image begins, or goes on.
@@ -193,7 +218,13 @@ impl Record {
         info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Whole };
         info.reason = failure.unwrap_or_default();
         info.ended_ms = now_ms();
+        let whole = info.state == SnapshotState::Whole;
+        drop(info);
         self.images.borrow_mut().clear();
+        self.dumping.set(false);
+        if whole {
+            self.whole.notify_waiters();
+        }
     }
 
     /// Tells whoever works on it to stop.
@@ -209,11 +240,23 @@ impl Record {
         told.ok().and_then(|reason| reason.clone()).unwrap_or_default()
     }
 
+    /// Resolves when no round can follow: the cache has the whole snapshot, or it is to be stopped.
+    pub async fn over(&self) {
+        let whole = self.whole.notified();
+        if self.state() == SnapshotState::Whole {
+            return;
+        }
+        tokio::select! {
+            () = whole => {}
+            _ = self.stopped() => {}
+        }
+    }
+
     fn is(&self, id: &str) -> bool {
         self.info.borrow().id == id
     }
 
     fn has_ended(&self) -> bool {
-        matches!(self.state(), SnapshotState::Whole | SnapshotState::Damaged)
+        matches!(self.state(), SnapshotState::Whole | SnapshotState::Damaged | SnapshotState::Paged)
     }
 }

@@ -52,8 +52,8 @@ pub enum Told {
 /// the [fate](Upload::fate) tells.
 #[derive(Debug)]
 pub struct Upload {
-    connection: Rc<Connection>,
-    snapshot: u32,
+    pub(super) connection: Rc<Connection>,
+    pub(super) snapshot: u32,
     next_image: Cell<u32>,
     fate: watch::Receiver<Fate>,
     ready: watch::Receiver<u64>,
@@ -127,6 +127,14 @@ impl Upload {
         let (moved, outcome) = oneshot::channel();
         let (snapshot, source) = (self.snapshot, source.clone());
         self.connection.tell(Command::Chunk { snapshot, image, source, moved }).await;
+        self.outcome(outcome).await
+    }
+
+    /// What came of a chunk.
+    pub(super) async fn outcome(
+        &self,
+        outcome: oneshot::Receiver<io::Result<Chunk>>,
+    ) -> io::Result<Chunk> {
         match outcome.await {
             Ok(outcome) => outcome,
             // The connection has broken. Whoever waits for the snapshot's fate tells why.
@@ -149,10 +157,12 @@ impl Upload {
 
     /// Waits until the snapshot can no longer be acknowledged; never when it was.
     pub(super) async fn lost(&self) -> Fate {
-        match self.fate().await {
-            Fate::Acknowledged { .. } => std::future::pending().await,
-            fate => fate,
-        }
+        lost_fate(self.watch_fate()).await
+    }
+
+    /// What becomes of it, for those who do not keep it.
+    pub(super) fn watch_fate(&self) -> watch::Receiver<Fate> {
+        self.fate.clone()
     }
 
     /// Ends the snapshot, and waits until the cache has acknowledged `sent`: images and bytes.
@@ -187,11 +197,22 @@ impl Upload {
 
     /// Waits until the cache has acknowledged the snapshot or lost it.
     pub async fn fate(&self) -> Fate {
-        let mut fate = self.fate.clone();
-        match fate.wait_for(|fate| *fate != Fate::Open).await {
-            Ok(settled) => settled.clone(),
-            Err(_) => Fate::Lost("the link has ended".to_owned()),
-        }
+        settled(self.watch_fate()).await
+    }
+}
+
+async fn settled(mut fate: watch::Receiver<Fate>) -> Fate {
+    match fate.wait_for(|fate| *fate != Fate::Open).await {
+        Ok(settled) => settled.clone(),
+        Err(_) => Fate::Lost("the link has ended".to_owned()),
+    }
+}
+
+/// Waits until a snapshot can no longer be acknowledged; never when it was.
+pub(super) async fn lost_fate(fate: watch::Receiver<Fate>) -> Fate {
+    match settled(fate).await {
+        Fate::Acknowledged { .. } => std::future::pending().await,
+        fate => fate,
     }
 }
 

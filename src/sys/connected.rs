@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
-use rustix::net::{AddressFamily, SocketType, getpeername};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, getpeername, recv, send};
 use tokio::io::{Interest, Ready};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -134,6 +134,11 @@ impl Stream {
         Ok(Stream(Kind::Tcp(stream, Peer::Tcp(canonical(peer)))))
     }
 
+    /// A connection of a unix socket.
+    pub fn from_unix(stream: UnixStream) -> Stream {
+        Stream(Kind::Unix(stream))
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> Peer {
         match self.0 {
@@ -160,6 +165,36 @@ impl Stream {
             Kind::Tcp(stream, _) => stream.async_io(interest, io).await,
             Kind::Unix(stream) => stream.async_io(interest, io).await,
         }
+    }
+}
+
+impl Stream {
+    /// Calls `io` once if the socket is ready; "not yet" otherwise.
+    pub fn try_io<R>(
+        &self,
+        interest: Interest,
+        io: impl FnOnce() -> io::Result<R>,
+    ) -> io::Result<R> {
+        match &self.0 {
+            Kind::Tcp(stream, _) => stream.try_io(interest, io),
+            Kind::Unix(stream) => stream.try_io(interest, io),
+        }
+    }
+
+    /// Reads what is there, at most as much as there is room for; 0 is the end.
+    pub async fn read(&self, room: &mut [u8]) -> io::Result<usize> {
+        let receive = || Ok(recv(self, &mut *room, RecvFlags::DONTWAIT)?.0);
+        self.async_io(Interest::READABLE, receive).await
+    }
+
+    /// Writes bytes from memory, for what is small.
+    pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        while !bytes.is_empty() {
+            let write = || Ok(send(self, bytes, flags)?);
+            bytes = &bytes[self.async_io(Interest::WRITABLE, write).await?..];
+        }
+        Ok(())
     }
 }
 

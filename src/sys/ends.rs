@@ -1,4 +1,4 @@
-//! Where image bytes come from and go to: a pipe that a peer passed, or the socket itself.
+//! Where bytes of images and pages come from and go to: a pipe that a peer passed, or the socket itself.
 
 use std::cell::Cell;
 use std::io;
@@ -8,6 +8,7 @@ use rustix::net::{SendFlags, send};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+use super::connected::Stream;
 use super::pipe::{Pipe, PipeReader, PipeWriter, transfer};
 
 /// Where an image comes from.
@@ -17,6 +18,8 @@ pub enum Source {
     Pipe(PipeReader),
     /// The peer writes it into the socket.
     Socket(SocketReader),
+    /// The peer writes pages into the connection, among other things.
+    Stream(Rc<Stream>),
 }
 
 impl Source {
@@ -25,6 +28,7 @@ impl Source {
         match self {
             Source::Pipe(pipe) => pipe.readable().await,
             Source::Socket(socket) => socket.readable().await,
+            Source::Stream(stream) => stream.ready(Interest::READABLE).await.map(drop),
         }
     }
 
@@ -34,6 +38,9 @@ impl Source {
         match self {
             Source::Pipe(source) => source.transfer_to(pipe, len),
             Source::Socket(source) => source.transfer_to(pipe, len),
+            Source::Stream(stream) => {
+                stream.try_io(Interest::READABLE, || transfer(&**stream, &pipe.into, len))
+            }
         }
     }
 
