@@ -358,11 +358,10 @@ fn pages_come_over_tcp_as_well() {
         client.open_pages("web", Some("web/1"), Some("b"), tcp.into()).await.unwrap();
         let (unix, _theirs) = StdStream::pair().unwrap();
         client.open_pages("db", None, None, unix.into()).await.unwrap();
-        let paged = fake.paged.borrow();
+        let paged = fake.paged.take();
         let [web, db] = &paged[..] else { panic!() };
         assert_eq!((web.parent.as_deref(), web.to.as_deref()), (Some("web/1"), Some("b")));
         assert_eq!((web.listening, db.listening), (true, false));
-        drop(paged);
         let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let refused = client.open_pages("web", None, None, udp.into()).await.unwrap_err();
         assert_eq!(refused.to_string(), "what was passed is not a stream socket of the right kind");

@@ -267,6 +267,7 @@ impl Client<'_> {
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // for map_err
 fn incomplete(why: impl ToString) -> Failure {
     Failure::Incomplete(why.to_string())
 }

@@ -264,6 +264,7 @@ mod tests {
     }
 
     /// One message of each kind, the payload announced with it, and its bytes on the wire.
+    #[allow(clippy::too_many_lines)] // a table
     fn golden() -> Vec<(Message, usize, &'static [u8])> {
         vec![
             (

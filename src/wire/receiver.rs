@@ -268,7 +268,7 @@ impl Receiver {
             Message::ImageEnd(end) => self.end_image(&end),
             Message::Space(space) => self.space(&space),
             Message::Pages(pages) => self.pages(&pages),
-            Message::PageData(data) => self.page_data(&data, payload_len as u64),
+            Message::PageData(data) => self.page_data(data, payload_len as u64),
             Message::SnapshotEnd(end) => self.end(&end),
             Message::SnapshotAbort(abort) => {
                 match self.remove("SNAPSHOT_ABORT", abort.snapshot)? {
@@ -441,7 +441,7 @@ impl Receiver {
         Ok(self.damaged(snapshot, wrong))
     }
 
-    fn page_data(&mut self, data: &PageData, len: u64) -> Result<Action, Violation> {
+    fn page_data(&mut self, data: PageData, len: u64) -> Result<Action, Violation> {
         let snapshot = data.snapshot;
         let Some(round) = self.round("PAGE_DATA", snapshot)? else { return Ok(Action::Discard) };
         let Some(missing) = round.missing.checked_sub(len) else {

@@ -81,7 +81,7 @@ impl Link {
 
     /// Begins a snapshot, and in it an image of which not all comes.
     pub(crate) fn begin(&mut self, id: &str) {
-        let begin = SnapshotBegin { snapshot: 7, id: id.to_owned(), named: false };
+        let begin = SnapshotBegin { snapshot: 7, id: id.to_owned(), ..SnapshotBegin::default() };
         self.say(&Message::SnapshotBegin(begin).encode(0));
         let name = "pages-1.img".to_owned();
         let image = ImageBegin { snapshot: 7, image: 1, name, append: false };
