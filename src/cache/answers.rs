@@ -17,7 +17,7 @@ use crate::wire::message::{KeepAlive, Message};
 pub(super) enum Answer {
     /// Just that.
     Message(Message),
-    /// A message, and as its payload a part of an image, which has it.
+    /// A message, and as its payload a part of an image, which has it in one file.
     Part {
         /// The message.
         message: Message,
@@ -79,7 +79,11 @@ impl Answers {
         match answer {
             Answer::Message(message) => self.writer.send(&message).await,
             Answer::Part { message, image, offset, len } => {
-                self.writer.send_file(&message, image.as_fd(), offset, len).await
+                let (file, offset) = match image.part(offset, len as u64) {
+                    Some(part) => (part.file, part.offset),
+                    None => (image.file(), 0),
+                };
+                self.writer.send_file(&message, file.as_fd(), offset, len).await
             }
         }
     }

@@ -88,11 +88,7 @@ impl Fill {
     async fn fill(&mut self) -> io::Result<()> {
         let mut offset = 0;
         while offset < self.image.len() {
-            let (into, room) = (&self.staging.into, self.staging.capacity());
-            let mut staged = transfer_from_file(self.image.file(), &mut offset, into, room)?;
-            if staged == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
+            let mut staged = self.stage(&mut offset)?;
             while staged > 0 {
                 let moved = self.sink.transfer_from(&self.staging, staged).await?;
                 staged -= moved;
@@ -101,5 +97,26 @@ impl Fill {
             }
         }
         Ok(())
+    }
+
+    /// Looks up what fits into the staging pipe, which is empty, from `offset` of the image on, and moves
+    /// `offset` on. Pages may lie in several files.
+    fn stage(&self, offset: &mut u64) -> io::Result<usize> {
+        let (into, room) = (&self.staging.into, self.staging.capacity());
+        let mut staged = 0;
+        while let Some(part) = self.image.part(*offset, (room - staged) as u64) {
+            let (mut at, len) = (part.offset, usize::try_from(part.len).unwrap_or(room));
+            match transfer_from_file(part.file, &mut at, into, len) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(moved) => {
+                    staged += moved;
+                    *offset += moved as u64;
+                }
+                // A pipe holds fewer bytes when its pages are not full.
+                Err(error) if staged > 0 && error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(staged)
     }
 }

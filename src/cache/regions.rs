@@ -18,9 +18,9 @@ pub(super) type Refusal = (Errno, String);
 pub(super) async fn answer(store: &Store, host: Option<IpAddr>, asked: &RegionRequest) -> Answer {
     match image(store, host, &asked.snapshot_id, &asked.name).await {
         Ok(image) => {
-            let size = image.len();
-            let left = size.saturating_sub(asked.offset);
-            let len = left.min(u64::from(asked.len)).min(REGION_MAX as u64);
+            let (size, max) = (image.len(), u64::from(asked.len).min(REGION_MAX as u64));
+            // What lies in several files is answered up to the end of the first, and asked for again.
+            let len = image.part(asked.offset, max).map_or(0, |part| part.len);
             let region = Region { request: asked.request, size, ..Region::default() };
             Answer::Part {
                 message: Message::Region(region),

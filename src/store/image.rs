@@ -1,11 +1,13 @@
-//! One image in a memfd.
+//! One image: in a memfd of its own, or made of pages that came apart from it.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
 
 use tokio::sync::Notify;
 
+use super::pages::{Index, Layer};
 use super::quota::Charge;
 use crate::sys::memfd;
 
@@ -13,39 +15,80 @@ use crate::sys::memfd;
 /// an empty one is charged for one page: it is a descriptor and an inode.
 const PAGE: u64 = 4096;
 
-/// An image: a memfd, how much of it has come, and what it is charged for.
+/// An image: where its bytes are, how much of it has come, and what it is charged for.
 #[derive(Debug)]
 pub struct Image {
     name: String,
-    file: File,
+    bytes: Bytes,
     len: Cell<u64>,
     whole: Cell<bool>,
     ended: Notify,
     charge: RefCell<Charge>,
 }
 
+/// Where the bytes of an image are.
+#[derive(Debug)]
+enum Bytes {
+    /// In one memfd, from its beginning on.
+    Memfd(File),
+    /// In the layers that the pages of a space came in. It holds them, and they are charged for.
+    Pages {
+        /// All of them, one after the other in the order of their addresses.
+        index: Index,
+        /// Where the first of them is.
+        first: Rc<Layer>,
+    },
+}
+
+/// Bytes of an image that follow each other in a file.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// Where the first of them is in the file, in bytes.
+    pub offset: u64,
+    /// How many they are.
+    pub len: u64,
+}
+
 impl Image {
     pub(super) fn create(name: &str, charge: Charge) -> rustix::io::Result<Image> {
-        Ok(Image {
-            name: name.to_owned(),
-            file: memfd::create(name)?.into(),
-            len: Cell::new(0),
-            whole: Cell::new(false),
-            ended: Notify::new(),
-            charge: RefCell::new(charge),
-        })
+        let file = memfd::create(name)?.into();
+        Ok(Image::new(name, Bytes::Memfd(file), charge))
     }
 
-    /// A small image that did not come but is made here, and charged to nobody.
+    /// A small image that did not come but is made here.
     pub(super) fn made_of(name: &str, bytes: &[u8], charge: Charge) -> rustix::io::Result<Image> {
         let image = Image::create(name, charge)?;
         let mut written = 0;
         while written < bytes.len() {
-            written += rustix::io::write(&image.file, &bytes[written..])?;
+            written += rustix::io::write(&image, &bytes[written..])?;
         }
         image.len.set(bytes.len() as u64);
         image.end();
         Ok(image)
+    }
+
+    /// A pages image: all pages of an index, which are not copied. `charge` is for what an image without
+    /// any pages is itself.
+    pub(super) fn of_pages(name: &str, index: &Index, charge: Charge) -> rustix::io::Result<Image> {
+        let Some(run) = index.runs().next() else { return Image::made_of(name, &[], charge) };
+        let bytes = Bytes::Pages { index: index.clone(), first: run.layer().clone() };
+        let image = Image::new(name, bytes, charge);
+        image.len.set(index.pages() * PAGE);
+        image.end();
+        Ok(image)
+    }
+
+    fn new(name: &str, bytes: Bytes, charge: Charge) -> Image {
+        Image {
+            name: name.to_owned(),
+            bytes,
+            len: Cell::new(0),
+            whole: Cell::new(false),
+            ended: Notify::new(),
+            charge: RefCell::new(charge),
+        }
     }
 
     /// CRIU's name for it.
@@ -68,9 +111,38 @@ impl Image {
         self.whole.get()
     }
 
-    /// The file that holds it.
+    /// The file that it begins in: all of it, and where more of it is written, unless it is made of pages
+    /// (see [`part`](Self::part)).
     pub fn file(&self) -> &File {
-        &self.file
+        match &self.bytes {
+            Bytes::Memfd(file) => file,
+            Bytes::Pages { first, .. } => first.file(),
+        }
+    }
+
+    /// Where its bytes are from `offset` on: as many as follow each other in one file, at most `max` and
+    /// at least one. `None` at its end.
+    pub fn part(&self, offset: u64, max: u64) -> Option<Part<'_>> {
+        let max = max.min(self.len().checked_sub(offset)?);
+        if max == 0 {
+            return None;
+        }
+        let Bytes::Pages { index, .. } = &self.bytes else {
+            return Some(Part { file: self.file(), offset, len: max });
+        };
+        let (mut runs, skipped) = index.runs_at(offset / PAGE);
+        let run = runs.next()?;
+        let skipped = skipped * PAGE + offset % PAGE;
+        let offset = run.offset() + skipped;
+        let mut len = run.range().bytes() - skipped;
+        for next in runs {
+            let goes_on = Rc::ptr_eq(next.layer(), run.layer()) && next.offset() == offset + len;
+            if len >= max || !goes_on {
+                break;
+            }
+            len += next.range().bytes();
+        }
+        Some(Part { file: run.layer().file(), offset, len: len.min(max) })
     }
 
     /// How many bytes it is charged for.
@@ -80,8 +152,12 @@ impl Image {
 
     /// How many bytes must be charged before `more` bytes may be accepted.
     pub fn growth(&self, more: u64) -> u64 {
-        let pages = |bytes: u64| bytes.div_ceil(PAGE) * PAGE;
-        pages((self.len() + more).max(1)).saturating_sub(self.charged())
+        Image::needs(self.len() + more).saturating_sub(self.charged())
+    }
+
+    /// What an image of so many bytes is charged for, in bytes.
+    pub(super) fn needs(len: u64) -> u64 {
+        len.max(1).div_ceil(PAGE) * PAGE
     }
 
     /// Takes a charge over: it is given back with the image.
@@ -113,6 +189,6 @@ impl Image {
 
 impl AsFd for Image {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.file().as_fd()
     }
 }

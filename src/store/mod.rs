@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 pub use claim::{Claim, Unavailable};
-pub use image::Image;
+pub use image::{Image, Part};
 pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Sender, Snapshot, State};

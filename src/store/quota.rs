@@ -30,6 +30,14 @@ pub enum Exhausted {
         /// The quota, in bytes.
         limit: u64,
     },
+    /// There is no room, and no time to wait for it.
+    #[error("quota exhausted: {used} of {limit} bytes (store.max-bytes) are held")]
+    Now {
+        /// Bytes held.
+        used: u64,
+        /// The quota, in bytes.
+        limit: u64,
+    },
     /// No room became free in time.
     #[error("quota exhausted: {used} of {limit} bytes (store.max-bytes) were held for {waited:?}")]
     InTime {
@@ -105,6 +113,15 @@ impl Quota {
             limit: self.limit(),
             waited: patience,
         })
+    }
+
+    /// Charges `bytes` if there is room now.
+    pub fn charge_now(&self, bytes: u64) -> Result<Charge, Exhausted> {
+        let (used, limit) = (self.used(), self.limit());
+        let never = bytes > limit;
+        let refused =
+            if never { Exhausted::Never { limit } } else { Exhausted::Now { used, limit } };
+        self.try_charge(bytes).ok_or(refused)
     }
 
     fn try_charge(&self, bytes: u64) -> Option<Charge> {

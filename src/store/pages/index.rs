@@ -48,6 +48,12 @@ impl Index {
         self.0.pages()
     }
 
+    /// The runs from the one that has the `nth` page of all on, counted from 0, and how many pages it has
+    /// before that page. There are none if there are not so many pages.
+    pub fn runs_at(&self, nth: u64) -> (Runs<'_>, u64) {
+        self.0.iter_at(nth)
+    }
+
     /// What there is in a range, from its start to its end.
     pub fn parts(&self, range: PageRange) -> Parts<'_> {
         Parts { runs: self.0.iter_from(range.start), next: None, at: range.start, end: range.end }

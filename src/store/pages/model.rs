@@ -243,6 +243,11 @@ fn check_parts(flat: &Flat<u64>, model: &Model) {
             at = part.end;
         }
         assert_eq!(at, range.end);
+        for (nth, page) in (0..).zip(model[space].keys()) {
+            let (mut runs, before) = index.runs_at(nth);
+            assert_eq!(runs.next().unwrap().range().start + before, *page);
+        }
+        assert!(index.runs_at(index.pages()).0.next().is_none());
     }
 }
 

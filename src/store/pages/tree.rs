@@ -198,6 +198,27 @@ impl Tree {
         Runs { above }
     }
 
+    /// The runs from the one that has the `nth` page of all (from 0), in order, and how many pages it has
+    /// before that.
+    pub(super) fn iter_at(&self, mut nth: u64) -> (Runs<'_>, u64) {
+        let mut above = Vec::new();
+        let mut tree = self;
+        while let Some(node) = &tree.0 {
+            let before = node.left.pages();
+            if nth < before {
+                above.push(&**node);
+                tree = &node.left;
+            } else if nth - before < node.run.range().pages() {
+                above.push(&**node);
+                return (Runs { above }, nth - before);
+            } else {
+                nth -= before + node.run.range().pages();
+                tree = &node.right;
+            }
+        }
+        (Runs { above: Vec::new() }, 0)
+    }
+
     /// Holds the tree against what it promises.
     #[cfg(test)]
     pub(super) fn check(&self) {
