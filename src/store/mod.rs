@@ -15,6 +15,7 @@
 
 mod check;
 mod claim;
+mod flat_images;
 mod image;
 mod lists;
 pub mod pages;
