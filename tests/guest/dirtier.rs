@@ -1,0 +1,116 @@
+//! Processes that change their memory when they are told to, and what they must hold then:
+//! `tests/bed/dirtier` in Rust.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::bed::{Guest, build};
+
+/// A tree of processes in a guest. The first is called `a`.
+pub(crate) struct Dirtier<'a> {
+    guest: &'a Guest,
+    dir: String,
+    sizes: [String; 2],
+    /// What each was told, with what it has from the process that forked it.
+    told: BTreeMap<String, Told>,
+    /// What was done to the memory that they share.
+    shared: Vec<String>,
+}
+
+#[derive(Clone, Default)]
+struct Told {
+    commands: Vec<String>,
+    churned: u64,
+}
+
+impl<'a> Dirtier<'a> {
+    /// Starts the first process, with so much memory of its own and so much shared, in MiB. Its directory
+    /// is `dir`, which is made.
+    #[track_caller]
+    pub(crate) fn start(guest: &'a Guest, dir: &str, private: u32, shared: u32) -> Dirtier<'a> {
+        let sizes = [format!("--mib={private}"), format!("--shared-mib={shared}")]
+            .map(|size| size.replace('=', " "));
+        guest.ok(&format!("rm -rf {dir}; mkdir -p {dir}"));
+        let command = format!("dirtier run --dir {dir} {}", sizes.join(" "));
+        guest.start(&command, &format!("{dir}/log"));
+        let told = BTreeMap::from([("a".to_owned(), Told::default())]);
+        Dirtier { guest, dir: dir.to_owned(), sizes, told, shared: Vec::new() }
+    }
+
+    /// Tells a process to do something, and waits until it is done; returns its answer.
+    #[track_caller]
+    pub(crate) fn tell(&mut self, name: &str, command: &str) -> Value {
+        let tell =
+            format!("dirtier tell {} {name} {command} || {{ cat {0}/log >&2; exit 1; }}", self.dir);
+        let answer = serde_json::from_str(&self.guest.ok(&tell)).unwrap();
+        match command.split_once(' ') {
+            Some(("share", _)) => self.shared.push(command.to_owned()),
+            Some(("fork", child)) => {
+                let told = self.told[name].clone();
+                self.told.insert(child.to_owned(), told);
+            }
+            Some(("churn", "0")) => self.count_churn(name),
+            _ => self.told.get_mut(name).unwrap().commands.push(command.to_owned()),
+        }
+        answer
+    }
+
+    /// Churn has stopped: only now is it known what it has done.
+    #[track_caller]
+    fn count_churn(&mut self, name: &str) {
+        let churned = self.report(name)["churned"].as_u64().unwrap();
+        let told = self.told.get_mut(name).unwrap();
+        told.commands.push(format!("churned {}", churned - told.churned));
+        told.churned = churned;
+    }
+
+    #[track_caller]
+    fn report(&self, name: &str) -> Value {
+        let report =
+            format!("dirtier tell {} {name} report || {{ cat {0}/log >&2; exit 1; }}", self.dir);
+        serde_json::from_str(&self.guest.ok(&report)).unwrap()
+    }
+
+    /// A process is there and holds what it must after all that it was told, none of which is under way.
+    #[track_caller]
+    pub(crate) fn check(&self, name: &str) {
+        let report = self.report(name);
+        let expected = Command::new(build().join("examples/dirtier"))
+            .arg("expect")
+            .args(self.sizes.iter().flat_map(|size| size.split(' ')))
+            .args(&self.told[name].commands)
+            .args(&self.shared)
+            .output()
+            .unwrap();
+        assert!(expected.status.success(), "{expected:?}");
+        let expected: Value = serde_json::from_slice(&expected.stdout).unwrap();
+        for memory in ["private", "shared"] {
+            assert_eq!(report[memory], expected[memory], "the {memory} memory of {name}");
+        }
+    }
+
+    /// The pid of a process, from its last answer.
+    #[track_caller]
+    pub(crate) fn pid(&self, name: &str) -> u64 {
+        let answer = self.guest.ok(&format!("cat {}/{name}.done", self.dir));
+        serde_json::from_str::<Value>(&answer).unwrap()["pid"].as_u64().unwrap()
+    }
+
+    /// Whether a process is there, here or restored.
+    pub(crate) fn lives(&self, name: &str) -> bool {
+        self.guest.run(&format!("test -d /proc/{}", self.pid(name))).status == 0
+    }
+}
+
+impl Drop for Dirtier<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        for name in self.told.keys() {
+            self.guest.run(&format!("kill -KILL {}", self.pid(name)));
+        }
+    }
+}

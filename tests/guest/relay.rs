@@ -1,0 +1,56 @@
+//! The daemons in the guest.
+
+use crate::bed::{CRIUS, Guest, guest};
+use crate::dirtier::Dirtier;
+
+/// A proxy and a cache that serve, until this is dropped. Their work-dirs are `proxy` and `cache` in `dir`.
+struct Relay<'a> {
+    guest: &'a Guest,
+    dir: &'static str,
+}
+
+impl<'a> Relay<'a> {
+    #[track_caller]
+    fn start(guest: &'a Guest, dir: &'static str) -> Relay<'a> {
+        guest.ok(&format!("rm -rf {dir}; mkdir -p {dir}"));
+        guest.write(&format!("{dir}/cache.toml"), "listen = \"127.0.0.1:9996\"\n");
+        guest.write(&format!("{dir}/proxy.toml"), "cache = \"127.0.0.1:9996\"\n");
+        let relay = Relay { guest, dir };
+        for name in ["cache", "proxy"] {
+            // It returns when the daemon serves.
+            guest.ok(&format!(
+                "mkdir {dir}/{name}; criu-image-{name} --config {dir}/{name}.toml --work-dir {dir}/{name} \
+                 --daemon --pidfile {dir}/{name}.pid --log-file {dir}/{name}.log"
+            ));
+        }
+        relay
+    }
+}
+
+impl Drop for Relay<'_> {
+    fn drop(&mut self) {
+        let dir = self.dir;
+        if std::thread::panicking() {
+            eprintln!("{}", self.guest.run(&format!("tail -n 20 {dir}/*.log")).stdout);
+        }
+        self.guest.run(&format!("kill $(cat {dir}/proxy.pid {dir}/cache.pid); rm -rf {dir}"));
+    }
+}
+
+#[test]
+fn a_dump_streams_through_the_daemons_and_is_restored() {
+    let relay = Relay::start(guest(), "/tmp/relay");
+    for criu in CRIUS {
+        let mut tree = Dirtier::start(guest(), "/tmp/relay-processes", 16, 4);
+        tree.tell("a", "dirty 1 9");
+        tree.tell("a", "fork b");
+        tree.tell("b", "share 1 2");
+        let pid = tree.pid("a");
+        let (proxy, cache) = (format!("{}/proxy", relay.dir), format!("{}/cache", relay.dir));
+        relay.guest.criu(criu, "dump", &proxy, &format!("--stream -W /tmp -t {pid}"));
+        assert!(!tree.lives("a"));
+        relay.guest.criu(criu, "restore", &cache, "--stream -W /tmp --restore-detached");
+        tree.check("a");
+        tree.check("b");
+    }
+}
