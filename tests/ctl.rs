@@ -13,8 +13,8 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use criu_image_relay::control::model::{Image, Role, Snapshot, SnapshotState, Status};
-use criu_image_relay::control::{Backend, Open, Reading, Refusal, serve};
+use criu_image_relay::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status};
+use criu_image_relay::control::{Backend, Open, OpenPages, Reading, Refusal, serve};
 use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
 use criu_image_relay::daemon::sessions::admit;
 use criu_image_relay::sys::scm::receive_descriptor;
@@ -139,6 +139,14 @@ impl Backend for Fake {
             }
         });
         Ok(())
+    }
+
+    fn open_pages(&self, _: OpenPages, _: OwnedFd) -> Result<(), Refusal> {
+        Err(Refusal::Refused("it has no pages".to_owned()))
+    }
+
+    fn view(&self, _: &str) -> Result<Vec<ImageFile>, Refusal> {
+        Err(Refusal::Refused("it has no files".to_owned()))
     }
 }
 

@@ -17,7 +17,6 @@ use crate::criu::pages::{self, Contents, Space, pages_image};
 /// A pages image is charged for in its layers, a pagemap image is charged here. On an error, which says
 /// what is wrong, no image has been added: there is one of a space already, no room for a pagemap, or no
 /// memfd to be had.
-#[cfg_attr(not(test), expect(dead_code))]
 pub(super) fn flat_images(
     flat: &Flat<Space>,
     images: &mut Images,

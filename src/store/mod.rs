@@ -37,6 +37,7 @@ pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Sender, Snapshot, State};
 
+use flat_images::flat_images;
 use lists::Lists;
 
 use crate::config::{Keep, StoreSettings};
@@ -322,23 +323,36 @@ impl Store {
     /// Everything of a snapshot has come: checks it, and makes it whole or damaged. The error is the
     /// reason for the latter. What is `partial` need not be a checkpoint by itself.
     pub fn complete(&self, key: Key, partial: bool) -> Result<(), String> {
-        let (images, paging) = match self.snapshots.borrow().get(&key) {
-            Some(Snapshot { state: State::Receiving(images), pages, .. }) => {
-                (images.clone(), pages.coming.is_some())
+        let whole = match self.snapshots.borrow().get(&key) {
+            Some(snapshot) => self.all_images(snapshot, partial),
+            None => Err(Refused::Dropped.to_string()),
+        };
+        match whole {
+            Ok(images) => {
+                self.update(key, |snapshot| snapshot.end(State::Whole(images)));
+                Ok(())
             }
-            _ => return Err(Refused::Dropped.to_string()),
-        };
-        let checked = if paging {
-            Err("its end came while a round of its pages was still coming".to_owned())
-        } else {
-            check::check(&images, partial)
-        };
-        if let Err(reason) = checked {
-            self.fail(key, &reason);
-            return Err(reason);
+            Err(reason) => {
+                self.fail(key, &reason);
+                Err(reason)
+            }
         }
-        self.update(key, |snapshot| snapshot.end(State::Whole(images)));
-        Ok(())
+    }
+
+    /// The images of a snapshot of which everything has come, with those of the pages that came in rounds.
+    fn all_images(&self, snapshot: &Snapshot, partial: bool) -> Result<Rc<Images>, String> {
+        let State::Receiving(images) = &snapshot.state else {
+            return Err(Refused::Dropped.to_string());
+        };
+        if snapshot.pages.coming.is_some() {
+            return Err("its end came while a round of its pages was still coming".to_owned());
+        }
+        check::check(images, partial)?;
+        let mut images = images.clone();
+        if let Some(flat) = snapshot.flat() {
+            flat_images(flat, Rc::make_mut(&mut images), &self.quota)?;
+        }
+        Ok(images)
     }
 
     /// A snapshot cannot be completed: its bytes are given back, its reason is kept. One that had pages

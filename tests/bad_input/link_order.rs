@@ -217,5 +217,9 @@ fn refused_snapshots_cost_the_cache_no_memory() {
 }
 
 fn begin_bad(snapshot: u32) -> Message {
-    Message::SnapshotBegin(SnapshotBegin { snapshot, id: "\n".repeat(200), named: false })
+    Message::SnapshotBegin(SnapshotBegin {
+        snapshot,
+        id: "\n".repeat(200),
+        ..SnapshotBegin::default()
+    })
 }

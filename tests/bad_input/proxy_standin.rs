@@ -33,7 +33,7 @@ impl ProxyStandin {
         self.link.send(&Message::SnapshotBegin(SnapshotBegin {
             snapshot,
             id: id.to_owned(),
-            named: false,
+            ..SnapshotBegin::default()
         }));
     }
 
