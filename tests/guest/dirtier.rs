@@ -12,7 +12,8 @@ use crate::bed::{Guest, build};
 pub(crate) struct Dirtier<'a> {
     guest: &'a Guest,
     dir: String,
-    sizes: [String; 2],
+    /// As options.
+    sizes: String,
     /// What each was told, with what it has from the process that forked it.
     told: BTreeMap<String, Told>,
     /// What was done to the memory that they share.
@@ -30,11 +31,9 @@ impl<'a> Dirtier<'a> {
     /// is `dir`, which is made.
     #[track_caller]
     pub(crate) fn start(guest: &'a Guest, dir: &str, private: u32, shared: u32) -> Dirtier<'a> {
-        let sizes = [format!("--mib={private}"), format!("--shared-mib={shared}")]
-            .map(|size| size.replace('=', " "));
+        let sizes = format!("--mib {private} --shared-mib {shared}");
         guest.ok(&format!("rm -rf {dir}; mkdir -p {dir}"));
-        let command = format!("dirtier run --dir {dir} {}", sizes.join(" "));
-        guest.start(&command, &format!("{dir}/log"));
+        guest.start(&format!("dirtier run --dir {dir} {sizes}"), &format!("{dir}/log"));
         let told = BTreeMap::from([("a".to_owned(), Told::default())]);
         Dirtier { guest, dir: dir.to_owned(), sizes, told, shared: Vec::new() }
     }
@@ -42,9 +41,7 @@ impl<'a> Dirtier<'a> {
     /// Tells a process to do something, and waits until it is done; returns its answer.
     #[track_caller]
     pub(crate) fn tell(&mut self, name: &str, command: &str) -> Value {
-        let tell =
-            format!("dirtier tell {} {name} {command} || {{ cat {0}/log >&2; exit 1; }}", self.dir);
-        let answer = serde_json::from_str(&self.guest.ok(&tell)).unwrap();
+        let answer = self.ask(name, command);
         match command.split_once(' ') {
             Some(("share", _)) => self.shared.push(command.to_owned()),
             Some(("fork", child)) => {
@@ -60,26 +57,27 @@ impl<'a> Dirtier<'a> {
     /// Churn has stopped: only now is it known what it has done.
     #[track_caller]
     fn count_churn(&mut self, name: &str) {
-        let churned = self.report(name)["churned"].as_u64().unwrap();
+        let churned = self.ask(name, "report")["churned"].as_u64().unwrap();
         let told = self.told.get_mut(name).unwrap();
         told.commands.push(format!("churned {}", churned - told.churned));
         told.churned = churned;
     }
 
     #[track_caller]
-    fn report(&self, name: &str) -> Value {
-        let report =
-            format!("dirtier tell {} {name} report || {{ cat {0}/log >&2; exit 1; }}", self.dir);
-        serde_json::from_str(&self.guest.ok(&report)).unwrap()
+    fn ask(&self, name: &str, command: &str) -> Value {
+        let dir = &self.dir;
+        let tell =
+            format!("dirtier tell {dir} {name} {command} || {{ cat {dir}/log >&2; exit 1; }}");
+        serde_json::from_str(&self.guest.ok(&tell)).unwrap()
     }
 
     /// A process is there and holds what it must after all that it was told, none of which is under way.
     #[track_caller]
     pub(crate) fn check(&self, name: &str) {
-        let report = self.report(name);
+        let report = self.ask(name, "report");
         let expected = Command::new(build().join("examples/dirtier"))
             .arg("expect")
-            .args(self.sizes.iter().flat_map(|size| size.split(' ')))
+            .args(self.sizes.split(' '))
             .args(&self.told[name].commands)
             .args(&self.shared)
             .output()
