@@ -53,6 +53,8 @@ impl Guest {
     fn boot() -> Guest {
         let begin = Instant::now();
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
+        // A guest of the run before may still be about to end: its sockets must not be met.
+        let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).unwrap();
         let mut child = Command::new(repository().join("tests/bed/guest"))
             .arg("boot")

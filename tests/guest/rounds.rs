@@ -13,6 +13,8 @@ struct Rounds<'a> {
     guest: &'a Guest,
     criu: &'static str,
     dir: &'static str,
+    /// Of the page servers.
+    port: u16,
     done: u32,
 }
 
@@ -20,11 +22,11 @@ impl Rounds<'_> {
     /// A pre-dump or the dump; returns how many pages were sent.
     #[track_caller]
     fn round(&mut self, action: &str, pid: u64) -> u64 {
-        let Rounds { guest, criu, dir, done } = *self;
+        let Rounds { guest, criu, dir, port, done } = *self;
         let (now, parent) = (done + 1, format!("--prev-images-dir ../{done}"));
         let parent = if done == 0 { "" } else { &parent };
         let server = format!("{dir}/server/{now}");
-        let at = "--address 127.0.0.1 --port 9997";
+        let at = format!("--address 127.0.0.1 --port {port}");
         guest.criu(criu, "page-server", &server, &format!("{parent} {at} --daemon --pidfile pid"));
         let options = format!("{parent} {at} -t {pid} --track-mem --page-server");
         guest.criu(criu, action, &format!("{dir}/client/{now}"), &options);
@@ -38,7 +40,7 @@ impl Rounds<'_> {
 
     #[track_caller]
     fn restore(&self) {
-        let Rounds { guest, criu, dir, done } = *self;
+        let Rounds { guest, criu, dir, done, .. } = *self;
         guest.ok(&format!("cp {dir}/client/{done}/*.img {dir}/server/{done}"));
         guest.criu(criu, "restore", &format!("{dir}/server/{done}"), "--restore-detached");
     }
@@ -69,7 +71,7 @@ fn a_round_sends_what_has_changed_since_the_one_before() {
         process.tell("a", "dirty 1 3");
         let pid = process.pid("a");
         let pages = 32 << 20 >> 12;
-        let mut rounds = Rounds { guest: guest(), criu, dir: "/tmp/rounds", done: 0 };
+        let mut rounds = Rounds { guest: guest(), criu, dir: "/tmp/rounds", port: 9997, done: 0 };
         let sent = rounds.round("pre-dump", pid);
         assert!((pages..pages + 1000).contains(&sent), "{criu}: {sent}");
         process.tell("a", "dirty 2 7");
@@ -94,7 +96,7 @@ fn a_tree_that_forks_remaps_and_loses_a_process_comes_through_the_rounds() {
     tree.tell("b", "dirty 1 5");
     tree.tell("b", "share 1 5");
     let pid = tree.pid("a");
-    let mut rounds = Rounds { guest: guest(), criu: "criu", dir: "/tmp/tree", done: 0 };
+    let mut rounds = Rounds { guest: guest(), criu: "criu", dir: "/tmp/tree", port: 9998, done: 0 };
     rounds.round("pre-dump", pid);
     tree.tell("a", "fork c");
     tree.tell("c", "dirty 2 3");
