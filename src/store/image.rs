@@ -1,13 +1,13 @@
 //! One image: in a memfd of its own, or made of pages that came apart from it.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
 use tokio::sync::Notify;
 
-use super::pages::{Index, Layer};
+use super::pages::{Index, Layer, PageRange, Run};
 use super::quota::Charge;
 use crate::sys::memfd;
 
@@ -30,7 +30,13 @@ pub struct Image {
 #[derive(Debug)]
 enum Bytes {
     /// In one memfd, from its beginning on.
-    Memfd(File),
+    Memfd {
+        /// The memfd.
+        file: Rc<File>,
+        /// All its pages, once there are others who see some of them. The charge for them is in their
+        /// layer then.
+        pages: OnceCell<Run>,
+    },
     /// In the layers that the pages of a space came in. It holds them, and they are charged for.
     Pages {
         /// All of them, one after the other in the order of their addresses.
@@ -53,8 +59,8 @@ pub struct Part<'a> {
 
 impl Image {
     pub(super) fn create(name: &str, charge: Charge) -> rustix::io::Result<Image> {
-        let file = memfd::create(name)?.into();
-        Ok(Image::new(name, Bytes::Memfd(file), charge))
+        let file = Rc::new(memfd::create(name)?.into());
+        Ok(Image::new(name, Bytes::Memfd { file, pages: OnceCell::new() }, charge))
     }
 
     /// A small image that did not come but is made here.
@@ -115,7 +121,7 @@ impl Image {
     /// (see [`part`](Self::part)).
     pub fn file(&self) -> &File {
         match &self.bytes {
-            Bytes::Memfd(file) => file,
+            Bytes::Memfd { file, .. } => file,
             Bytes::Pages { first, .. } => first.file(),
         }
     }
@@ -143,6 +149,39 @@ impl Image {
             len += next.range().bytes();
         }
         Some(Part { file: run.layer().file(), offset, len: len.min(max) })
+    }
+
+    /// The pages of a pages image that has ended, `count` from the one at `start` on: runs of them in order,
+    /// whose addresses mean nothing. As long as somebody has them they stay, even when the image goes.
+    /// They are fewer if it has not so many.
+    pub(super) fn pages(&self, start: u64, count: u64) -> Vec<Run> {
+        match &self.bytes {
+            Bytes::Memfd { file, pages } => {
+                let all = self.len() / PAGE;
+                if all > 0 && pages.get().is_none() {
+                    let held = Layer::of_image(file, all, self.charge.borrow_mut().take());
+                    if let Some(held) = held {
+                        let _ = pages.set(held);
+                    }
+                }
+                let range = PageRange::new(start * PAGE, count).ok();
+                let part = pages.get().zip(range).and_then(|(all, range)| all.part(range));
+                part.into_iter().collect()
+            }
+            Bytes::Pages { index, .. } => {
+                let (runs, mut skipped) = index.runs_at(start);
+                let mut left = count;
+                let mut parts = Vec::new();
+                for run in runs {
+                    let from = run.range().address() + std::mem::take(&mut skipped) * PAGE;
+                    let range = PageRange::new(from, left).ok();
+                    let Some(part) = range.and_then(|range| run.part(range)) else { break };
+                    left -= part.range().pages();
+                    parts.push(part);
+                }
+                parts
+            }
+        }
     }
 
     /// How many bytes it is charged for.

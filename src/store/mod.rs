@@ -16,6 +16,7 @@
 mod check;
 mod claim;
 mod flat_images;
+mod flatten;
 mod image;
 mod lists;
 pub mod pages;

@@ -149,6 +149,12 @@ impl Charge {
         self.bytes += std::mem::take(&mut other.bytes);
     }
 
+    /// Hands all of it over.
+    #[must_use]
+    pub fn take(&mut self) -> Charge {
+        Charge { account: self.account.clone(), bytes: std::mem::take(&mut self.bytes) }
+    }
+
     /// Gives back a part of it before its end.
     pub fn give_back(&mut self, bytes: u64) {
         let bytes = bytes.min(self.bytes);

@@ -20,7 +20,7 @@ const PAGES_MAX: u64 = i64::MAX as u64 / PAGE;
 /// sits in a pipe survives that, it is the pipe's then. The layer is closed with the last of its runs.
 #[derive(Debug)]
 pub struct Layer {
-    file: File,
+    file: Rc<File>,
     /// How many pages have been given a place.
     end: Cell<u64>,
     seen: RefCell<Seen>,
@@ -31,11 +31,26 @@ pub struct Layer {
 impl Layer {
     pub(super) fn create(name: &str) -> rustix::io::Result<Layer> {
         Ok(Layer {
-            file: memfd::create(name)?.into(),
+            file: Rc::new(memfd::create(name)?.into()),
             end: Cell::new(0),
             seen: RefCell::default(),
             charge: RefCell::default(),
         })
+    }
+
+    /// A layer of pages that came as an image: `pages` of them, the whole file. Whoever has the image holds the
+    /// run of them all; its addresses mean nothing. `None` if there are no pages, or more than a file has.
+    ///
+    /// The layer takes over the image's charge.
+    pub(in crate::store) fn of_image(file: &Rc<File>, pages: u64, charge: Charge) -> Option<Run> {
+        let all = PageRange::between(0, pages).filter(|_| pages <= PAGES_MAX)?;
+        let layer = Rc::new(Layer {
+            file: file.clone(),
+            end: Cell::new(pages),
+            seen: RefCell::default(),
+            charge: RefCell::new(Some(charge)),
+        });
+        Some(Run::new(&layer, all, 0, 0))
     }
 
     /// The file that holds the pages.
@@ -122,11 +137,16 @@ impl Run {
     }
 
     /// The part of it that lies in a range, on its own.
-    pub(super) fn part(&self, range: PageRange) -> Option<Run> {
+    pub(in crate::store) fn part(&self, range: PageRange) -> Option<Run> {
         let start = self.range.start.max(range.start);
         let part = PageRange::between(start, self.range.end.min(range.end))?;
         let offset = self.offset + (start - self.range.start);
         Some(Run::new(&self.layer, part, offset, self.flags))
+    }
+
+    /// The same bytes, as pages of another range.
+    pub(super) fn moved(&self, range: PageRange, flags: u32) -> Run {
+        Run::new(&self.layer, range, self.offset, flags)
     }
 
     /// Both as one, if the other goes on where this one ends, in the space and in the layer.

@@ -156,6 +156,21 @@ impl<K: Ord + Clone + Display> Round<K> {
         self.missing = self.missing.saturating_sub(run.range().pages());
     }
 
+    /// Pages are there already, in the layer of an image that came: those of `held`, in any place of it. There
+    /// are as many as the range has.
+    pub(in crate::store) fn share(
+        &mut self,
+        space: &K,
+        range: PageRange,
+        flags: u32,
+        held: &Run,
+    ) -> Result<(), Refused> {
+        debug_assert_eq!(held.range().pages(), range.pages());
+        let pages = Index::of(held.moved(range, flags));
+        let put = self.coming(space).and_then(|coming| coming.put(space, range, pages));
+        put.map_err(|refused| self.refuse(refused))
+    }
+
     /// Pages are as in the parent (`PE_PARENT`): the newest that its chain has.
     pub fn inherit(&mut self, space: &K, range: PageRange) -> Result<(), Refused> {
         let inherited = self.inherited(space, range);
