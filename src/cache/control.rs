@@ -1,6 +1,6 @@
 //! The cache behind its control socket.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 
 use tokio::net::{UnixListener, UnixStream};
@@ -13,7 +13,7 @@ use crate::control::{Backend, Open, OpenPages, Reading, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Socket;
 use crate::daemon::journal;
-use crate::store::{Key, Snapshot, State};
+use crate::store::{Image, Key, NoFiles, Snapshot, State};
 
 /// What answers the control socket.
 pub(super) struct Control(pub(super) Rc<Cache>);
@@ -48,7 +48,7 @@ impl Backend for Control {
     fn show(&self, id: &str) -> Option<(model::Snapshot, Vec<model::Image>)> {
         self.0.store.find(id, |snapshot| {
             let images = snapshot.images().into_iter().flat_map(|images| images.values());
-            let describe_image = |image: &Rc<crate::store::Image>| model::Image {
+            let describe_image = |image: &Rc<Image>| model::Image {
                 name: image.name().to_owned(),
                 bytes: image.len(),
                 whole: image.is_whole(),
@@ -107,9 +107,33 @@ impl Backend for Control {
         Err(Refusal::Refused("not yet".to_owned()))
     }
 
-    fn view(&self, _id: &str) -> Result<Vec<ImageFile>, Refusal> {
-        Err(Refusal::Refused("not yet".to_owned()))
+    async fn prepare_view(&self, id: &str) -> Result<(), Refusal> {
+        let key = self.0.store.key_of(id).ok_or(Refusal::NoSuchSnapshot)?;
+        let prepared = self.0.store.files(key).await;
+        prepared.map(drop).map_err(|why| no_view(id, &why))
     }
+
+    fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal> {
+        let files = |snapshot: &Snapshot| match &snapshot.state {
+            State::Whole(images) | State::Taken(images) => {
+                images.values().map(|image| image_file(image)).collect()
+            }
+            _ => Err(no_view(id, &NoFiles::NotWhole)),
+        };
+        self.0.store.find(id, files).ok_or(Refusal::NoSuchSnapshot)?
+    }
+}
+
+fn no_view(id: &str, why: &NoFiles) -> Refusal {
+    Refusal::Refused(format!("there is no view of snapshot {id}: {why}"))
+}
+
+/// An image as others can open it, through this process.
+fn image_file(image: &Image) -> Result<ImageFile, Refusal> {
+    let (name, pid) = (image.name().to_owned(), std::process::id());
+    let apart = || Refusal::Refused(format!("the pages of image {name} are not in one file"));
+    let descriptor = image.as_file().ok_or_else(apart)?.as_raw_fd();
+    Ok(ImageFile { bytes: image.len(), path: format!("/proc/{pid}/fd/{descriptor}"), name })
 }
 
 async fn serve(cache: Rc<Cache>, socket: UnixStream, source: Source) -> bool {

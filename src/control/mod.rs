@@ -69,6 +69,11 @@ pub trait Backend {
     /// non-blocking and close-on-exec, and the ids are good ones.
     fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal>;
 
+    /// Does before [`view`](Backend::view) what may take its time, and does not hold up others.
+    fn prepare_view(&self, _id: &str) -> impl Future<Output = Result<(), Refusal>> {
+        async { Ok(()) }
+    }
+
     /// The images of a whole snapshot as files.
     fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal>;
 }
@@ -148,6 +153,10 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
 
     fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal> {
         (**self).open_pages(request, socket)
+    }
+
+    async fn prepare_view(&self, id: &str) -> Result<(), Refusal> {
+        (**self).prepare_view(id).await
     }
 
     fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal> {

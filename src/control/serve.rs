@@ -115,7 +115,7 @@ impl<B: Backend> Conversation<'_, B> {
         let outcome = match call.method().method.as_str() {
             method::WATCH if call.more() => return self.watch(&call).await,
             method::WATCH => Err(ServiceError::ExpectedMore.into()),
-            _ => answer(self.backend, call.method(), descriptors),
+            _ => answer(self.backend, call.method(), descriptors).await,
         };
         match outcome {
             _ if call.oneway() => Ok(()),
@@ -178,7 +178,7 @@ impl<B: Backend> Conversation<'_, B> {
 }
 
 /// Answers a call that has one reply.
-fn answer(
+async fn answer(
     backend: &impl Backend,
     call: &Incoming,
     descriptors: Vec<OwnedFd>,
@@ -206,7 +206,9 @@ fn answer(
         }
         method::VIEW => {
             let ById { id } = parameters(call)?;
-            let images = backend.view(&id).map_err(|refusal| refused(refusal, &id))?;
+            let prepared = backend.prepare_view(&id).await;
+            let images = prepared.and_then(|()| backend.view(&id));
+            let images = images.map_err(|refusal| refused(refusal, &id))?;
             Ok(value(ViewOut { images }))
         }
         method::GET_INFO => Ok(value(info(backend.status().role))),

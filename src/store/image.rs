@@ -126,6 +126,17 @@ impl Image {
         }
     }
 
+    /// The file that is this image and nothing else, from its beginning on; `None` if there is no such file.
+    pub fn as_file(&self) -> Option<&File> {
+        let first = match &self.bytes {
+            Bytes::Memfd { file, .. } => return Some(file),
+            Bytes::Pages { first, .. } => first,
+        };
+        let part = self.part(0, self.len())?;
+        let alone = part.offset == 0 && part.len == self.len() && first.len() == part.len;
+        alone.then_some(part.file)
+    }
+
     /// Where its bytes are from `offset` on: as many as follow each other in one file, at most `max` and
     /// at least one. `None` at its end.
     pub fn part(&self, offset: u64, max: u64) -> Option<Part<'_>> {

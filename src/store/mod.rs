@@ -15,6 +15,7 @@
 
 mod check;
 mod claim;
+mod files;
 mod flat_images;
 mod flatten;
 mod image;
@@ -33,6 +34,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 pub use claim::{Claim, Unavailable};
+pub use files::NoFiles;
 pub use image::{Image, Part};
 pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;

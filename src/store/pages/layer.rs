@@ -58,6 +58,16 @@ impl Layer {
         &self.file
     }
 
+    /// How long the file is, in bytes: with all that has been given a place.
+    pub fn len(&self) -> u64 {
+        self.end.get() * PAGE
+    }
+
+    /// Whether nothing has been given a place.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// How many bytes it is charged for: what its runs see.
     pub fn charged(&self) -> u64 {
         self.charge.borrow().as_ref().map_or(0, Charge::bytes)

@@ -1,0 +1,225 @@
+//! Images as files: for clients that know only directories, each image has to be one file.
+
+use std::fs::File;
+use std::io;
+use std::rc::Rc;
+
+use super::image::Image;
+use super::quota::Exhausted;
+use super::snapshot::{Images, Snapshot, State};
+use super::{Key, Store};
+use crate::sys::pipe::{Pipe, transfer_from_file, transfer_to_file};
+
+/// What is copied before others have their turn, in bytes: a fraction of a millisecond.
+const PIECE: usize = 1 << 20;
+
+/// Why the images of a snapshot cannot be had as files.
+#[derive(Debug, thiserror::Error)]
+pub enum NoFiles {
+    /// It has no images yet, or none any more.
+    #[error("it is not whole")]
+    NotWhole,
+    /// There is no room for the pages of an image next to each other.
+    #[error("the pages of image {name} cannot be brought together: {cause}")]
+    NoRoom {
+        /// The image.
+        name: String,
+        /// Why not.
+        cause: Exhausted,
+    },
+    /// The kernel refused.
+    #[error("the pages of image {name} cannot be brought together: {cause}")]
+    Failed {
+        /// The image.
+        name: String,
+        /// What it said.
+        cause: io::Error,
+    },
+}
+
+impl Store {
+    /// The images of a whole or taken snapshot, each [in one file](Image::as_file).
+    ///
+    /// Pages that came in several rounds are copied together for it, once: from then on the snapshot has
+    /// them there, and what nobody else sees in their layers is given back. While they are copied, both are
+    /// held and charged for. Other tasks have their turn all the while.
+    pub async fn files(&self, key: Key) -> Result<Rc<Images>, NoFiles> {
+        let held = self.held_images(key)?;
+        let apart = held.values().filter(|image| image.as_file().is_none());
+        let apart: Vec<Rc<Image>> = apart.cloned().collect();
+        // Each is let go as soon as there is another in its place.
+        drop(held);
+        for image in apart {
+            let together = self.brought_together(&image).await?;
+            self.update(key, |snapshot| snapshot.replace(&image, together));
+        }
+        self.held_images(key)
+    }
+
+    fn held_images(&self, key: Key) -> Result<Rc<Images>, NoFiles> {
+        let images = self.look(key, |snapshot| match &snapshot.state {
+            State::Whole(images) | State::Taken(images) => Some(images.clone()),
+            _ => None,
+        });
+        images.flatten().ok_or(NoFiles::NotWhole)
+    }
+
+    async fn brought_together(&self, image: &Image) -> Result<Image, NoFiles> {
+        let name = || image.name().to_owned();
+        let patience = self.settings.borrow().quota_wait;
+        let charge = self.quota.charge(Image::needs(image.len()), || image.len(), patience).await;
+        let charge = charge.map_err(|cause| NoFiles::NoRoom { name: name(), cause })?;
+        let failed = |cause| NoFiles::Failed { name: name(), cause };
+        let together = Image::create(image.name(), charge).map_err(|errno| failed(errno.into()))?;
+        copy(image, together.file()).await.map_err(failed)?;
+        together.grown_to(image.len());
+        together.end();
+        Ok(together)
+    }
+}
+
+impl Snapshot {
+    /// Another image takes the place of one; if that is not there any more, nothing happens.
+    fn replace(&mut self, image: &Rc<Image>, by: Image) {
+        let (State::Whole(images) | State::Taken(images)) = &mut self.state else { return };
+        if images.get(image.name()).is_some_and(|known| Rc::ptr_eq(known, image)) {
+            Rc::make_mut(images).insert(by.name().to_owned(), Rc::new(by));
+        }
+    }
+}
+
+async fn copy(image: &Image, file: &File) -> io::Result<()> {
+    let pipe = Pipe::new(PIECE)?;
+    let (mut copied, mut in_turn) = (0, 0);
+    while let Some(part) = image.part(copied, pipe.capacity() as u64) {
+        let (mut from, mut to) = (part.offset, copied);
+        let len = usize::try_from(part.len).unwrap_or(PIECE);
+        let mut staged = transfer_from_file(part.file, &mut from, &pipe.into, len)?;
+        if staged == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        copied += staged as u64;
+        in_turn += staged;
+        while staged > 0 {
+            staged -= transfer_to_file(&pipe.out, file, &mut to, staged)?;
+        }
+        if in_turn >= PIECE {
+            in_turn = 0;
+            tokio::task::yield_now().await;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::super::flat_images::flat_images;
+    use super::super::pages::{Flat, PAGE, PageRange, Round};
+    use super::super::snapshot::Sender;
+    use super::*;
+    use crate::config::StoreSettings;
+    use crate::criu::pages::Space;
+
+    const TASK: Space = Space::Task(7);
+
+    /// Pages filled with numbers counted from `first`.
+    fn add(store: &Store, round: &mut Round<Space>, page: u64, count: u64, first: u64) {
+        let range = PageRange::new(page * PAGE, count).unwrap();
+        let charge = store.quota().charge_now(range.bytes()).unwrap();
+        let place = round.accept(&TASK, range, 4, charge).unwrap();
+        for page in 0..count {
+            let bytes = (first + page).to_le_bytes().repeat(512);
+            place.layer().file().write_all_at(&bytes, place.offset() + page * PAGE).unwrap();
+        }
+        round.filled(place);
+    }
+
+    /// Of 600 pages every third came again.
+    fn two_rounds(store: &Store) -> Flat<Space> {
+        let mut round = Round::new(None);
+        add(store, &mut round, 0, 600, 0);
+        let mut next = Round::new(Some(round.commit().unwrap()));
+        for page in (0..600).step_by(3) {
+            add(store, &mut next, page, 1, 10_000 + page);
+            next.inherit(&TASK, PageRange::new((page + 1) * PAGE, 2).unwrap()).unwrap();
+        }
+        next.commit().unwrap()
+    }
+
+    fn whole(store: &Store, flat: &Flat<Space>) -> Key {
+        let mut images = Images::new();
+        flat_images(flat, &mut images, store.quota()).unwrap();
+        let key = store.begin("web", &Sender::default()).unwrap();
+        store.update(key, |snapshot| snapshot.end(State::Whole(Rc::new(images))));
+        key
+    }
+
+    fn store(max_bytes: u64) -> Rc<Store> {
+        let quota_wait = std::time::Duration::from_millis(10);
+        Store::new(StoreSettings { max_bytes, quota_wait, ..StoreSettings::default() })
+    }
+
+    fn numbers(image: &Image) -> Vec<u64> {
+        let mut bytes = vec![0; usize::try_from(image.len()).unwrap()];
+        image.as_file().unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        bytes.chunks(4096).map(|page| u64::from_le_bytes(page[..8].try_into().unwrap())).collect()
+    }
+
+    #[tokio::test]
+    async fn pages_of_several_rounds_are_brought_together_once_and_their_layers_given_back() {
+        let store = store(64 << 20);
+        let flat = two_rounds(&store);
+        let key = whole(&store, &flat);
+        drop(flat);
+        let used = store.quota().used();
+        let scattered = store.held_images(key).unwrap()["pages-1.img"].clone();
+        assert!(scattered.as_file().is_none());
+        let files = store.files(key).await.unwrap();
+        let expected: Vec<u64> =
+            (0..600).map(|page| if page % 3 == 0 { 10_000 + page } else { page }).collect();
+        assert_eq!(numbers(&files["pages-1.img"]), expected);
+        assert_eq!(store.quota().used(), used + 600 * PAGE, "a restore reads the layers still");
+        drop(scattered);
+        assert_eq!(store.quota().used(), used);
+        let again = store.files(key).await.unwrap();
+        assert!(Rc::ptr_eq(&again["pages-1.img"], &files["pages-1.img"]));
+    }
+
+    #[tokio::test]
+    async fn pages_that_are_one_file_stay_where_they_are() {
+        let store = store(64 << 20);
+        let mut round = Round::new(None);
+        add(&store, &mut round, 0, 3, 1);
+        add(&store, &mut round, 7, 2, 4);
+        let key = whole(&store, &round.commit().unwrap());
+        let image = store.held_images(key).unwrap()["pages-1.img"].clone();
+        let files = store.files(key).await.unwrap();
+        assert!(Rc::ptr_eq(&image, &files["pages-1.img"]));
+        assert_eq!(numbers(&image), [1, 2, 3, 4, 5]);
+    }
+
+    #[tokio::test]
+    async fn others_have_their_turn_and_one_that_is_dropped_meanwhile_is_not_there() {
+        let store = store(64 << 20);
+        let key = whole(&store, &two_rounds(&store));
+        let dropping = async {
+            store.drop_snapshot("web");
+        };
+        let (files, ()) = tokio::join!(store.files(key), dropping);
+        assert_eq!(files.unwrap_err().to_string(), "it is not whole");
+        assert_eq!(store.quota().used(), 0);
+    }
+
+    #[tokio::test]
+    async fn without_room_for_both_it_is_refused_and_stays_as_it_was() {
+        let store = store(1000 * PAGE);
+        let key = whole(&store, &two_rounds(&store));
+        let used = store.quota().used();
+        let refused = store.files(key).await.unwrap_err().to_string();
+        let said = "the pages of image pages-1.img cannot be brought together: quota exhausted";
+        assert!(refused.starts_with(said), "{refused}");
+        assert_eq!(store.quota().used(), used);
+    }
+}
