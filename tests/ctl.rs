@@ -73,6 +73,8 @@ struct Fake {
     store: Store,
     manner: Manner,
     opened: Arc<Mutex<Vec<Open>>>,
+    /// Where its images are to be viewed.
+    files: PathBuf,
 }
 
 impl Backend for Fake {
@@ -141,12 +143,19 @@ impl Backend for Fake {
         Ok(())
     }
 
-    fn open_pages(&self, _: OpenPages, _: OwnedFd) -> Result<(), Refusal> {
-        Err(Refusal::Refused("it has no pages".to_owned()))
+    fn open_pages(&self, _request: OpenPages, _socket: OwnedFd) -> Result<(), Refusal> {
+        Err(Refusal::Refused("no pages here".to_owned()))
     }
 
-    fn view(&self, _: &str) -> Result<Vec<ImageFile>, Refusal> {
-        Err(Refusal::Refused("it has no files".to_owned()))
+    fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal> {
+        let held = self.store.lock();
+        let images = &held.get(id).ok_or(Refusal::NoSuchSnapshot)?.images;
+        let file = |(name, bytes): (&String, &Vec<u8>)| ImageFile {
+            name: name.clone(),
+            bytes: bytes.len() as u64,
+            path: self.files.join(name).display().to_string(),
+        };
+        Ok(images.iter().map(file).collect())
     }
 }
 
@@ -218,7 +227,8 @@ impl Daemon {
         let listener = UnixListener::bind(&socket).unwrap();
         listener.set_nonblocking(true).unwrap();
         let opened = Arc::default();
-        let fake = Fake { role, store: store.clone(), manner, opened: Arc::clone(&opened) };
+        let files = dir.path().join("fds");
+        let fake = Fake { role, store: store.clone(), manner, opened: Arc::clone(&opened), files };
         std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -329,6 +339,55 @@ fn a_directory_is_pushed_and_extracted_unchanged() {
     fs::write(to.join("core-7.img"), "other").unwrap();
     cache.ctl(&["extract", "--force", utf8(&to)]).exits(0);
     assert_eq!(fs::read(to.join("core-7.img")).unwrap(), images["core-7.img"]);
+}
+
+/// A snapshot whose pages can be viewed.
+fn viewed(cache: &Daemon) -> [(&'static str, &'static [u8]); 3] {
+    let images: [(&str, &[u8]); 3] =
+        [("inventory.img", b"inventory"), ("pages-1.img", b"pages"), ("pagemap-7.img", b"map")];
+    cache.store.put("web", SnapshotState::Whole, &images);
+    fs::create_dir(cache.path("fds")).unwrap();
+    fs::write(cache.path("fds/pages-1.img"), b"pages").unwrap();
+    images
+}
+
+#[test]
+fn a_view_has_small_images_as_files_and_pages_as_links() {
+    let cache = Daemon::honest(Role::Cache);
+    let images = viewed(&cache);
+    let to = cache.path("new/web");
+    let made = cache.ctl(&["--json", "view", utf8(&to)]).exits(0).json();
+    let expected = serde_json::json!({
+        "snapshot": "web", "dir": to, "images": 2, "bytes": 12, "links": 1, "linked-bytes": 5
+    });
+    assert_eq!(made, expected);
+    for (name, bytes) in images {
+        assert_eq!(fs::read(to.join(name)).unwrap(), bytes);
+    }
+    assert_eq!(fs::read_link(to.join("pages-1.img")).unwrap(), cache.path("fds/pages-1.img"));
+    assert!(fs::symlink_metadata(to.join("pagemap-7.img")).unwrap().is_file());
+    assert_eq!(fs::metadata(&to).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(cache.opened.lock().unwrap()[0].reading, Reading::Look);
+
+    cache.ctl(&["view", utf8(&to)]).exits(1).complains("is there already");
+    let told = cache.ctl(&["view", "--force", utf8(&to)]).exits(0).out();
+    let said = "web: 2 images, 12 B, and 1 links to 5 B of pages in ";
+    assert!(told.starts_with(said), "{told}");
+}
+
+#[test]
+fn a_view_that_fails_leaves_nothing() {
+    let cache = Daemon::honest(Role::Cache);
+    viewed(&cache);
+    fs::remove_file(cache.path("fds/pages-1.img")).unwrap();
+    let to = cache.path("web");
+    cache.ctl(&["view", utf8(&to)]).exits(1).complains("pages-1.img cannot be opened");
+    assert!(!to.exists());
+    cache.store.put("half", SnapshotState::Receiving, &[]);
+    cache.ctl(&["view", utf8(&cache.path("half"))]).exits(1).complains("not whole");
+    cache.ctl(&["view", utf8(&cache.path("none"))]).exits(4);
+    let proxy = Daemon::honest(Role::Proxy);
+    proxy.ctl(&["view", utf8(&to)]).exits(2).complains("command of the cache");
 }
 
 #[test]

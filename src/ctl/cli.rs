@@ -93,6 +93,15 @@ The cache keeps the snapshot; it does not count as taken. DIR is made with mode 
 with mode 0600: they are the memory of a process. If anything fails, what was written is removed.")]
     Extract(Extract),
 
+    /// Make a directory for criu restore -D in which the pages are links into the cache's memory
+    #[command(after_help = "Example, on the destination host, as root:\n  \
+criu-imagectl view /tmp/web && criu restore -D /tmp/web\n\n\
+For clients that know only directories, as runc does: nothing but small images is copied. The cache \
+keeps the snapshot; it does not count as taken. The links lead to the snapshot as long as the cache \
+holds it, and to nothing or something else after that: drop it when it is restored, and not before. \
+If anything fails, what was made is removed.")]
+    View(View),
+
     /// Send a directory of images made by criu dump -D through the proxy
     #[command(after_help = "Example, on the source host:\n  \
 criu dump -t PID -D /tmp/web && criu-imagectl push /tmp/web --to hostb\n\n\
@@ -178,6 +187,21 @@ pub(super) struct Extract {
     pub(super) force: bool,
 
     /// Where the images go; made if it is missing
+    pub(super) dir: PathBuf,
+}
+
+/// `view`
+#[derive(Debug, Args)]
+pub(super) struct View {
+    /// The snapshot, if it is not called as DIR is
+    #[arg(long, value_name = "ID")]
+    pub(super) snapshot: Option<String>,
+
+    /// Replace images that are there already
+    #[arg(long)]
+    pub(super) force: bool,
+
+    /// The directory; made if it is missing
     pub(super) dir: PathBuf,
 }
 

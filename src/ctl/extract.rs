@@ -11,7 +11,7 @@ use super::reach;
 use super::stream::Session;
 use super::written::Written;
 use crate::control::Reading;
-use crate::control::model::{Image, Role, Snapshot, SnapshotState};
+use crate::control::model::{Role, Snapshot, SnapshotState};
 use crate::criu::names::check_name;
 use crate::sys::unix::is_close;
 
@@ -32,7 +32,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, extract: &Extract) -> R
     client.open(&id, None, Reading::Look, theirs).await?;
     let bar = progress(clean(&id), Some(snapshot.bytes));
     for image in &images {
-        receive(&mut session, &mut written, image, &bar)?;
+        receive(&mut session, &mut written, &image.name, image.bytes, &bar)?;
     }
     drop(bar);
     written.keep();
@@ -44,7 +44,8 @@ pub(super) async fn run(daemon: &Daemon, output: Output, extract: &Extract) -> R
     output.print(&result, || format!("{id}: {count} images, {} in {dir}", size(bytes)))
 }
 
-fn can_be_read(snapshot: &Snapshot) -> Result<(), Failure> {
+/// Whether the images of a snapshot are there to be read.
+pub(super) fn can_be_read(snapshot: &Snapshot) -> Result<(), Failure> {
     let id = &snapshot.id;
     match snapshot.state {
         SnapshotState::Whole | SnapshotState::Taken => Ok(()),
@@ -54,25 +55,26 @@ fn can_be_read(snapshot: &Snapshot) -> Result<(), Failure> {
     }
 }
 
-fn receive(
+/// Receives an image that should have so many bytes into a file.
+pub(super) fn receive(
     session: &mut Session,
     written: &mut Written,
-    image: &Image,
+    name: &str,
+    expected: u64,
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
-    let (path, file) = written.create(&image.name)?;
-    match session.receive(&image.name, &file, bar) {
-        Ok(Some(bytes)) if bytes == image.bytes => Ok(()),
-        Ok(Some(bytes)) => Err(Failure::failed(format!(
-            "{}: {bytes} bytes came, the cache has {}",
-            path.display(),
-            image.bytes
-        ))),
-        Ok(None) => Err(Failure::failed(format!("{}: the cache no longer has it", image.name))),
+    let (path, file) = written.create(name)?;
+    let path = path.display();
+    match session.receive(name, &file, bar) {
+        Ok(Some(bytes)) if bytes == expected => Ok(()),
+        Ok(Some(bytes)) => {
+            Err(Failure::failed(format!("{path}: {bytes} bytes came, the cache has {expected}")))
+        }
+        Ok(None) => Err(Failure::failed(format!("{name}: the cache no longer has it"))),
         Err(error) if is_close(&error) => {
-            Err(Failure::failed(format!("{}: the cache ended the session", image.name))
+            Err(Failure::failed(format!("{name}: the cache ended the session"))
                 .cure("its journal says why: journalctl -u criu-image-cache"))
         }
-        Err(error) => Err(Failure::failed(format!("{}: {error}", path.display()))),
+        Err(error) => Err(Failure::failed(format!("{path}: {error}"))),
     }
 }

@@ -18,6 +18,7 @@ mod push;
 mod put;
 mod reach;
 mod stream;
+mod view;
 mod wait;
 mod written;
 
@@ -59,6 +60,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Wait(wait) => wait::run(&daemon, output, &wait).await,
         Command::Drop { snapshots } => look::drop_all(&daemon, output, &snapshots).await,
         Command::Extract(extract) => extract::run(&daemon, output, &extract).await,
+        Command::View(view) => view::run(&daemon, output, &view).await,
         Command::Push(push) => push::run(&daemon, output, &push).await,
         Command::Put(put) => put::run(&daemon, output, &put),
         Command::Get(get) => get::run(&daemon, output, &get),

@@ -1,8 +1,8 @@
-//! Images that a command writes into a directory.
+//! Images, and links to images, that a command writes into a directory.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::exit::Failure;
@@ -22,15 +22,14 @@ impl Written {
         mut names: impl Iterator<Item = &'a str>,
         force: bool,
     ) -> Result<Written, Failure> {
-        let failed = |error| Failure::failed(format!("{}: {error}", dir.display()));
         let made_dir = match fs::metadata(dir) {
             Ok(_) => false,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 // They are the memory of a process: nobody else may look.
-                DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+                DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed(dir))?;
                 true
             }
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(failed(dir)(error)),
         };
         let there = |name: &&str| fs::symlink_metadata(dir.join(name)).is_ok();
         if let (false, Some(name)) = (force, names.find(there)) {
@@ -43,18 +42,33 @@ impl Written {
 
     /// Makes a new file; a name is never followed to somewhere else.
     pub(super) fn create(&mut self, name: &str) -> Result<(PathBuf, File), Failure> {
+        let path = self.make_room(name)?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let file = file.map_err(failed(&path))?;
+        self.files.push(path.clone());
+        Ok((path, file))
+    }
+
+    /// Makes a symbolic link.
+    pub(super) fn link(&mut self, name: &str, to: &str) -> Result<(), Failure> {
+        let path = self.make_room(name)?;
+        symlink(to, &path).map_err(failed(&path))?;
+        self.files.push(path);
+        Ok(())
+    }
+
+    /// Where something of that name goes; what is there is removed if that is wanted.
+    fn make_room(&self, name: &str) -> Result<PathBuf, Failure> {
         let path = self.dir.join(name);
-        let failed = |error| Failure::failed(format!("{}: {error}", path.display()));
         if self.force {
             match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed(&path)(error));
+                }
                 _ => {}
             }
         }
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(failed)?;
-        self.files.push(path.clone());
-        Ok((path, file))
+        Ok(path)
     }
 
     /// All is well.
@@ -73,4 +87,9 @@ impl Drop for Written {
             let _ = fs::remove_dir(&self.dir);
         }
     }
+}
+
+fn failed(path: &Path) -> impl Fn(io::Error) -> Failure {
+    let path = path.display().to_string();
+    move |error| Failure::failed(format!("{path}: {error}"))
 }

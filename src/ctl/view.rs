@@ -1,0 +1,69 @@
+//! `view`: a directory of CRIU's images, in which the pages are links into the cache's memory.
+
+use std::fs::File;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::cli::{Daemon, View};
+use super::exit::Failure;
+use super::extract::{can_be_read, receive};
+use super::print::{Output, clean, progress, size};
+use super::reach;
+use super::stream::Session;
+use super::written::Written;
+use crate::control::Reading;
+use crate::control::model::{ImageFile, Role};
+use crate::criu::names::check_name;
+
+/// Makes the directory, or leaves nothing behind.
+pub(super) async fn run(daemon: &Daemon, output: Output, view: &View) -> Result<(), Failure> {
+    let id = reach::snapshot_id(view.snapshot.as_deref(), &view.dir)?;
+    let mut client = reach::only(daemon, Role::Cache, "view").await?;
+    let (snapshot, _) = client.show(&id).await?;
+    can_be_read(&snapshot)?;
+    let images = client.view(&id).await?;
+    for image in &images {
+        check_name(&image.name).map_err(|bad| Failure::failed(format!("snapshot {id}: {bad}")))?;
+    }
+    let names = images.iter().map(|image| image.name.as_str());
+    let mut written = Written::prepare(&view.dir, names, view.force)?;
+
+    let (mut session, theirs) = Session::new()
+        .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
+    client.open(&id, None, Reading::Look, theirs).await?;
+    let (links, files): (Vec<_>, Vec<_>) = images.iter().partition(|image| has_pages(&image.name));
+    let bytes = |images: &[&ImageFile]| images.iter().map(|image| image.bytes).sum::<u64>();
+    let bar = progress(clean(&id), Some(bytes(&files)));
+    for image in &files {
+        receive(&mut session, &mut written, &image.name, image.bytes, &bar)?;
+    }
+    for image in &links {
+        link(&mut written, image)?;
+    }
+    drop(bar);
+    written.keep();
+
+    let dir = view.dir.display();
+    let (files, written, links, linked) = (files.len(), bytes(&files), links.len(), bytes(&links));
+    let result = json!({
+        "snapshot": id, "dir": view.dir, "images": files, "bytes": written, "links": links, "linked-bytes": linked
+    });
+    output.print(&result, || {
+        let (written, linked) = (size(written), size(linked));
+        format!("{id}: {files} images, {written}, and {links} links to {linked} of pages in {dir}")
+    })
+}
+
+/// Whether an image has the pages of a process: all the others are small.
+fn has_pages(name: &str) -> bool {
+    name.starts_with("pages-") && Path::new(name).extension().is_some_and(|end| end == "img")
+}
+
+fn link(written: &mut Written, image: &ImageFile) -> Result<(), Failure> {
+    File::open(&image.path).map_err(|error| {
+        Failure::failed(format!("{}: {} cannot be opened: {error}", image.name, image.path))
+            .cure("only root may open what the cache has open; criu restore needs root as well")
+    })?;
+    written.link(&image.name, &image.path)
+}
