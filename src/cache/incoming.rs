@@ -95,7 +95,9 @@ impl<'a> Incoming<'a> {
     ) -> Result<(), Over> {
         match self.receiver.receive(message, len)? {
             Action::Nothing => {}
-            Action::Begin { snapshot, id, named, parent: _ } => self.begin(snapshot, id, named),
+            Action::Begin { snapshot, id, named, parent } => {
+                self.begin(snapshot, id, named, parent.as_deref());
+            }
             Action::BeginRound { snapshot, id, parent } => {
                 self.begin_round(snapshot, id, parent.as_deref());
             }
@@ -134,7 +136,7 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
-    fn begin(&mut self, snapshot: u32, id: String, named: bool) {
+    fn begin(&mut self, snapshot: u32, id: String, named: bool, parent: Option<&str>) {
         match self.store.begin(&id, self.sender) {
             Ok(key) => {
                 if named {
@@ -144,7 +146,10 @@ impl<'a> Incoming<'a> {
                 let busy = self.cache.links.busy.enter();
                 let arriving = Arriving { id, key, images, started, _busy: busy };
                 self.snapshots.insert(snapshot, arriving);
-                self.answer(Message::SnapshotReady(SnapshotReady { snapshot }));
+                match parent.map_or(Ok(()), |parent| self.store.set_parent(key, parent)) {
+                    Ok(()) => self.answer(Message::SnapshotReady(SnapshotReady { snapshot })),
+                    Err(refused) => self.fail(snapshot, &refused.to_string(), true),
+                }
             }
             Err(refused) => self.refuse(snapshot, &id, &refused),
         }

@@ -24,7 +24,6 @@ const PAGEMAP_MAX: u64 = 64 << 20;
 /// The error says why there are none: pages that the parent does not have, or that are still at the source,
 /// or images that are not understood. Those of a later CRIU may be whole, and can be restored by it; but
 /// nobody here knows which bytes are which page.
-#[cfg_attr(not(test), expect(dead_code))]
 pub(super) fn flatten(
     images: &Images,
     parent: Option<&Flat<Space>>,
@@ -48,7 +47,6 @@ pub(super) fn flatten(
 }
 
 /// Takes the pagemap and pages images of a snapshot out of its images, so that others can take their place.
-#[cfg_attr(not(test), expect(dead_code))]
 pub(super) fn take_out_pages(images: &mut Images) {
     images.retain(|name, _| Space::of_pagemap(name).is_none() && pages_id(name).is_none());
 }

@@ -36,14 +36,17 @@ use tokio::sync::watch;
 pub use claim::{Claim, Unavailable};
 pub use files::NoFiles;
 pub use image::{Image, Part};
+use pages::Flat;
 pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Sender, Snapshot, State};
 
 use flat_images::flat_images;
+use flatten::{flatten, take_out_pages};
 use lists::Lists;
 
 use crate::config::{Keep, StoreSettings};
+use crate::criu::pages::Space;
 use crate::criu::remote::{PARENT, encode_ids};
 
 /// What need not be kept once it was taken stays this long, so that who waits for it sees that it
@@ -324,15 +327,19 @@ impl Store {
     }
 
     /// Everything of a snapshot has come: checks it, and makes it whole or damaged. The error is the
-    /// reason for the latter. What is `partial` need not be a checkpoint by itself.
+    /// reason for the latter. What is `partial` need not be a checkpoint by itself. Its images are those of one
+    /// dump from then on: what came in rounds, and what is in its [parent](Self::set_parent), is a part of them.
     pub fn complete(&self, key: Key, partial: bool) -> Result<(), String> {
         let whole = match self.snapshots.borrow().get(&key) {
             Some(snapshot) => self.all_images(snapshot, partial),
             None => Err(Refused::Dropped.to_string()),
         };
         match whole {
-            Ok(images) => {
-                self.update(key, |snapshot| snapshot.end(State::Whole(images)));
+            Ok((images, flat)) => {
+                self.update(key, |snapshot| {
+                    snapshot.pages.flat = flat;
+                    snapshot.end(State::Whole(images));
+                });
                 Ok(())
             }
             Err(reason) => {
@@ -342,8 +349,13 @@ impl Store {
         }
     }
 
-    /// The images of a snapshot of which everything has come, with those of the pages that came in rounds.
-    fn all_images(&self, snapshot: &Snapshot, partial: bool) -> Result<Rc<Images>, String> {
+    /// The images of a snapshot of which everything has come, as if it was one dump: with the pages that came
+    /// in rounds, or that are in its parent; and those pages.
+    fn all_images(
+        &self,
+        snapshot: &Snapshot,
+        partial: bool,
+    ) -> Result<(Rc<Images>, Option<Flat<Space>>), String> {
         let State::Receiving(images) = &snapshot.state else {
             return Err(Refused::Dropped.to_string());
         };
@@ -352,10 +364,21 @@ impl Store {
         }
         check::check(images, partial)?;
         let mut images = images.clone();
-        if let Some(flat) = snapshot.flat() {
+        let flat = match (&snapshot.pages.of_parent, snapshot.flat()) {
+            (Some(_), Some(_)) => {
+                return Err("its pages came in rounds, and it has a parent as well".to_owned());
+            }
+            (Some(parent), None) => {
+                let flat = flatten(&images, Some(parent))?;
+                take_out_pages(Rc::make_mut(&mut images));
+                Some(flat)
+            }
+            (None, flat) => flat.cloned(),
+        };
+        if let Some(flat) = &flat {
             flat_images(flat, Rc::make_mut(&mut images), &self.quota)?;
         }
-        Ok(images)
+        Ok((images, flat))
     }
 
     /// A snapshot cannot be completed: its bytes are given back, its reason is kept. One that had pages

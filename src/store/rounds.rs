@@ -6,6 +6,7 @@
 
 use std::net::IpAddr;
 
+use super::flatten::flatten;
 use super::pages::{Flat, Round};
 use super::quota::{Charge, Exhausted};
 use super::snapshot::{Sender, Snapshot, State};
@@ -120,14 +121,23 @@ impl Store {
         let pages = self.find(id, |known| match (known.flat(), &known.state) {
             _ if known.sender.host != host => None,
             (Some(flat), _) => Some(Ok(flat.clone())),
+            (None, State::Whole(images) | State::Taken(images)) => Some(flatten(images, None)),
             (None, State::Damaged { reason, .. }) => Some(Err(format!("it is damaged: {reason}"))),
-            (None, _) => Some(Err("none of its pages came in a round".to_owned())),
+            (None, _) => Some(Err("its pages have not come yet".to_owned())),
         });
         let unknown = || Err("no such snapshot is held".to_owned());
         pages
             .flatten()
             .unwrap_or_else(unknown)
             .map_err(|why| Refused::NoParent { parent: id.to_owned(), why })
+    }
+
+    /// The images of a snapshot that begins have pages in `parent`, see [`Store::complete`].
+    pub fn set_parent(&self, key: Key, parent: &str) -> Result<(), Refused> {
+        let host = self.look(key, |snapshot| snapshot.sender.host).ok_or(Refused::Dropped)?;
+        let flat = self.pages_of(parent, host)?;
+        self.update(key, |snapshot| snapshot.pages.of_parent = Some(flat));
+        Ok(())
     }
 }
 

@@ -65,6 +65,8 @@ pub(super) struct Pages {
     pub(super) coming: Option<u64>,
     /// The snapshot that it is based on, if that is another one.
     pub(super) parent: Option<Key>,
+    /// Those of the snapshot in which the images that are coming have pages.
+    pub(super) of_parent: Option<Flat<Space>>,
     /// Whether the images that are coming were begun after pages had come.
     joined: bool,
 }
@@ -124,6 +126,7 @@ impl Snapshot {
     pub(super) fn fail(&mut self, reason: &str) {
         if self.pages.joined && self.pages.flat.is_some() {
             self.state = State::Paged;
+            self.pages.of_parent = None;
             self.since = Instant::now();
             return;
         }
@@ -135,6 +138,7 @@ impl Snapshot {
     /// Becomes whole or damaged.
     pub(super) fn end(&mut self, state: State) {
         self.state = state;
+        self.pages.of_parent = None;
         self.since = Instant::now();
         self.ended_ms = now_ms();
     }
