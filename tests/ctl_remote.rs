@@ -202,6 +202,21 @@ fn that_an_image_is_missing_is_said_when_the_dump_has_ended() {
 }
 
 #[test]
+fn a_view_shows_the_memory_of_the_cache() {
+    let pair = Pair::start();
+    let (large, small) = (pair.file("pages-1.img", &pages(1 << 20)), pair.file("a.img", b"small"));
+    pair.at_proxy(&["put", "--list", "--finish", "web", &large, &small]).exits(0);
+    let to = pair.path("view");
+    pair.at_cache(&["view", "--snapshot", "web", &utf8(&to)]).exits(0);
+    assert_eq!(fs::read(to.join("a.img")).unwrap(), b"small");
+    assert!(fs::read_link(to.join("pages-1.img")).unwrap().starts_with("/proc"));
+    assert!(fs::read(to.join("pages-1.img")).unwrap() == pages(1 << 20));
+    pair.cache.drop_snapshot("web");
+    pair.cache.assert_held(0);
+    pair.at_cache(&["view", "--force", "--snapshot", "web", &utf8(&to)]).exits(4);
+}
+
+#[test]
 fn a_put_that_is_killed_damages_the_snapshot() {
     let pair = Pair::start();
     let begun = pages(1 << 20);

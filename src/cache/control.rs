@@ -1,17 +1,19 @@
 //! The cache behind its control socket.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
 
+use super::pages::{self, Whose};
 use super::restore::{self, Source};
 use super::{Cache, StateCounts};
 use crate::control::model::{self, ImageFile, LinkStatus, Role, SnapshotState, Status};
 use crate::control::{Backend, Open, OpenPages, Reading, Refusal};
 use crate::daemon::accept::accept_one;
-use crate::daemon::handed_over::Socket;
+use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
 use crate::store::{Image, Key, NoFiles, Snapshot, State};
 
@@ -78,8 +80,7 @@ impl Backend for Control {
             ));
         }
         let cache = self.0.clone();
-        let socket = Socket::from(request.listening, socket)
-            .map_err(|error| Refusal::Refused(format!("the socket cannot be used: {error}")))?;
+        let socket = Socket::from(request.listening, socket).map_err(unusable)?;
         let (key, source) = if request.reading == Reading::Look {
             let key = cache.store.key_of(&request.id).ok_or(Refusal::NoSuchSnapshot)?;
             (key, Source::Look(key))
@@ -103,8 +104,23 @@ impl Backend for Control {
         Ok(())
     }
 
-    fn open_pages(&self, _request: OpenPages, _socket: OwnedFd) -> Result<(), Refusal> {
-        Err(Refusal::Refused("not yet".to_owned()))
+    fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal> {
+        if request.parent.is_some() || request.to.is_some() {
+            let why = "pages are asked for at a cache: `parent` and `to` are for the proxy";
+            return Err(Refusal::Refused(why.to_owned()));
+        }
+        let cache = self.0.clone();
+        let key = cache.store.key_of(&request.id).ok_or(Refusal::NoSuchSnapshot)?;
+        let socket = PagesSocket::from(request.listening, socket).map_err(unusable)?;
+        match socket {
+            PagesSocket::Connected(stream) => {
+                tokio::task::spawn_local(pages::serve(cache, stream, Whose::Named(key)));
+            }
+            PagesSocket::Listening(listener) => {
+                self.0.listeners.start(pages::listen(cache, listener, key));
+            }
+        }
+        Ok(())
     }
 
     async fn prepare_view(&self, id: &str) -> Result<(), Refusal> {
@@ -122,6 +138,11 @@ impl Backend for Control {
         };
         self.0.store.find(id, files).ok_or(Refusal::NoSuchSnapshot)?
     }
+}
+
+#[allow(clippy::needless_pass_by_value)] // for map_err
+fn unusable(error: io::Error) -> Refusal {
+    Refusal::Refused(format!("the socket cannot be used: {error}"))
 }
 
 fn no_view(id: &str, why: &NoFiles) -> Refusal {

@@ -4,6 +4,7 @@
 //!   the pages among it,
 //!   `answers` what goes back, `regions` the parts of images that it asks for.
 //! - [`remote`]: one client that names what it reads.
+//! - `pages`: one client that asks for pages, as CRIU's lazy-pages daemon does.
 //! - [`restore`]: one CRIU run, as a list of phases; `fill` is an image on its way out.
 
 pub mod link;
@@ -14,6 +15,7 @@ mod answers;
 mod control;
 mod fill;
 mod incoming;
+mod pages;
 mod regions;
 mod rounds;
 
@@ -40,6 +42,7 @@ use crate::store::{State, Store};
 use crate::sys::clock::now_ms;
 use crate::sys::connected::Stream;
 
+use pages::Whose;
 use restore::Source;
 
 /// The cache.
@@ -100,6 +103,14 @@ impl Cache {
         match Stream::from_tcp(socket, address) {
             Ok(stream) => drop(link::serve(&self, stream).await),
             Err(error) => tracing::warn!("a link from {address} cannot be served: {error}"),
+        }
+    }
+
+    /// Serves one client that asks for pages.
+    async fn serve_pages(self: Rc<Self>, (socket, address): (TcpStream, SocketAddr)) {
+        match Stream::from_tcp(socket, address) {
+            Ok(stream) => pages::admit_and_serve(self, stream, Whose::WhoHasTheTask).await,
+            Err(error) => tracing::warn!("pages cannot be served to {address}: {error}"),
         }
     }
 
@@ -171,12 +182,14 @@ impl Daemon for Cache {
             work_dir: &settings.work_dir,
             stream: SERVE_SOCKET,
             remote: CACHE_SOCKET,
+            pages: settings.pages.listen.as_deref(),
             link: Some(&settings.listen),
         }
     }
 
     fn start(settings: CacheSettings, sockets: Sockets) -> io::Result<Rc<Cache>> {
         let max = permits(settings.sessions.max);
+        let max_readers = permits(settings.sessions.max);
         let max_links = permits(settings.link.max);
         let max_clients = permits(settings.remote.max);
         let cache = Cache::new(settings);
@@ -189,6 +202,14 @@ impl Daemon for Cache {
             let serving = cache.clone();
             let serve = move |socket| remote::serve(serving.clone(), socket);
             cache.listeners.serve_unix("remote", listener, &max_clients, serve)?;
+        }
+        for listener in sockets.pages {
+            let (cache, max) = (cache.clone(), max_readers.clone());
+            let listener = tcp_into_tokio(listener)?;
+            cache.clone().listeners.start(async move {
+                let accept = async || listener.accept().await;
+                accept_each("pages", max, accept, |peer| cache.clone().serve_pages(peer)).await;
+            });
         }
         for listener in sockets.link {
             let (cache, max, listener) =

@@ -24,8 +24,9 @@ mod tests;
 
 pub use error::{ConfigError, Problem};
 pub use settings::{
-    CacheLinkSettings, CacheRemoteSettings, CacheSettings, Keep, LinkSettings, LogSettings,
-    ProxyRemoteSettings, ProxySettings, Reads, SessionSettings, StoreSettings,
+    CacheLinkSettings, CachePagesSettings, CacheRemoteSettings, CacheSettings, Keep, LinkSettings,
+    LogSettings, ProxyPagesSettings, ProxyRemoteSettings, ProxySettings, Reads, SessionSettings,
+    StoreSettings,
 };
 pub use shared::Shared;
 

@@ -89,15 +89,21 @@ prop_compose! {
     }
 }
 
+fn pages() -> impl Strategy<Value = Option<String>> {
+    proptest::option::of(address())
+}
+
 prop_compose! {
     fn proxy()(
         cache in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}", name in "[a-z._-]{0,64}",
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4),
         link in link(), sessions in sessions(), remote in proxy_remote(), log in log(), daemon: bool, pidfile in file(),
+        listen in pages(),
     ) -> ProxySettings {
         let work_dir = work_dir.into();
+        let pages = ProxyPagesSettings { listen };
         ProxySettings {
-            cache, insecure, work_dir, daemon, pidfile, name, allow_uids, link, sessions, remote, log,
+            cache, insecure, work_dir, daemon, pidfile, name, allow_uids, link, sessions, remote, pages, log,
         }
     }
 }
@@ -108,11 +114,13 @@ prop_compose! {
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4), store in store(),
         (keep_alive, hello_timeout, max) in (span(), span(), count()),
         sessions in sessions(), remote in cache_remote(), log in log(), daemon: bool, pidfile in file(),
+        pages in pages(),
     ) -> CacheSettings {
         let work_dir = work_dir.into();
+        let pages = CachePagesSettings { listen: pages };
         let link = CacheLinkSettings { keep_alive, hello_timeout, max };
         CacheSettings {
-            listen, insecure, work_dir, daemon, pidfile, allow_uids, store, link, sessions, remote, log,
+            listen, insecure, work_dir, daemon, pidfile, allow_uids, store, link, sessions, remote, pages, log,
         }
     }
 }

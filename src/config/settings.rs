@@ -3,7 +3,7 @@
 //! Every struct here is one table of the file; its field names in kebab case are the keys.
 
 use super::syntax::{As, Count, Memory, Size, Span};
-use super::words::{FilePath, Flag, HostPort, Name, SocketDir};
+use super::words::{FilePath, Flag, HostPort, Listen, Name, SocketDir};
 use super::{LINK_PORT, physical_memory, uids};
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
@@ -48,6 +48,8 @@ pub struct ProxySettings {
     pub sessions: SessionSettings,
     /// The clients of the remote protocol.
     pub remote: ProxyRemoteSettings,
+    /// CRIU's page server protocol.
+    pub pages: ProxyPagesSettings,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -65,6 +67,7 @@ impl Default for ProxySettings {
             link: LinkSettings::default(),
             sessions: SessionSettings::default(),
             remote: ProxyRemoteSettings::default(),
+            pages: ProxyPagesSettings::default(),
             log: LogSettings::default(),
         }
     }
@@ -167,6 +170,8 @@ pub struct CacheSettings {
     pub sessions: SessionSettings,
     /// The clients of the remote protocol.
     pub remote: CacheRemoteSettings,
+    /// CRIU's page server protocol.
+    pub pages: CachePagesSettings,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -184,6 +189,7 @@ impl Default for CacheSettings {
             link: CacheLinkSettings::default(),
             sessions: SessionSettings::default(),
             remote: CacheRemoteSettings::default(),
+            pages: CachePagesSettings::default(),
             log: LogSettings::default(),
         }
     }
@@ -303,6 +309,38 @@ pub struct CacheRemoteSettings {
 impl Default for CacheRemoteSettings {
     fn default() -> Self {
         Self { max: 4096, reads: Reads::Socket, historical_endings: false }
+    }
+}
+
+/// `[pages]` of the proxy: CRIU's page server for dumps, on a port of this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ProxyPagesSettings {
+    /// Where the daemon listens, as `HOST:PORT`, when systemd does not hand it a socket; `None` is
+    /// nowhere.
+    #[serde(with = "As::<Listen>")]
+    pub listen: Option<String>,
+}
+
+impl Default for ProxyPagesSettings {
+    fn default() -> Self {
+        Self { listen: Some("127.0.0.1:9997".to_owned()) }
+    }
+}
+
+/// `[pages]` of the cache: CRIU's page server for restores, on a port of this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct CachePagesSettings {
+    /// Where the daemon listens, as `HOST:PORT`, when systemd does not hand it a socket; `None` is
+    /// nowhere.
+    #[serde(with = "As::<Listen>")]
+    pub listen: Option<String>,
+}
+
+impl Default for CachePagesSettings {
+    fn default() -> Self {
+        Self { listen: Some("127.0.0.1:9995".to_owned()) }
     }
 }
 

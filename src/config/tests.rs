@@ -269,6 +269,7 @@ fn printed() {
          pipe-size = \"1M\"\n\n\
          [remote]\nmax = 4096\nidle-timeout = \"1h\"\nreads = \"socket\"\n\
          historical-endings = false\n\n\
+         [pages]\nlisten = \"127.0.0.1:9997\"\n\n\
          [log]\nlevel = \"info\"\nfile = \"\"\n"
     );
 }

@@ -47,6 +47,27 @@ impl HostPort {
     }
 }
 
+/// An address to listen on, with its port, or none.
+pub(super) struct Listen;
+
+impl Syntax for Listen {
+    type Value = Option<String>;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(r#"HOST:PORT, such as "127.0.0.1:9995" or "[::1]:9995", or "" for none"#)
+    }
+
+    fn from_text(text: &str) -> Option<Option<String>> {
+        // What has no port is completed with the link's.
+        let right = text.is_empty() || HostPort::parse(text).is_some_and(|full| full == text);
+        right.then(|| Some(text.to_owned()).filter(|text| !text.is_empty()))
+    }
+
+    fn write<S: Serializer>(address: &Option<String>, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(address.as_deref().unwrap_or(""))
+    }
+}
+
 /// The host of `HOST:PORT`, as an option names it: IPv6 with or without brackets. Returned with them.
 pub(super) fn host(text: &str) -> Option<String> {
     let bracketed = format!("[{text}]");

@@ -17,6 +17,7 @@ const STREAM: &str = "stream";
 const REMOTE: &str = "remote";
 const CONTROL: &str = "control";
 const LINK: &str = "link";
+const PAGES: &str = "pages";
 /// What systemd names the one connection of a service whose socket has `Accept=yes`.
 const CONNECTION: &str = "connection";
 
@@ -30,6 +31,8 @@ pub struct Sockets {
     pub stream: Vec<UnixListener>,
     /// The remote protocol.
     pub remote: Vec<UnixListener>,
+    /// CRIU's page server protocol.
+    pub pages: Vec<TcpListener>,
     /// Varlink.
     pub control: Vec<UnixListener>,
     /// The link (cache only).
@@ -74,9 +77,11 @@ pub enum SocketError {
         /// Why.
         cause: io::Error,
     },
-    /// The link's address cannot be bound.
-    #[error("cannot listen on {address} (listen): {cause}")]
+    /// The address of the link, or of the page server, cannot be bound.
+    #[error("cannot listen on {address} ({key}): {cause}")]
     Listen {
+        /// What of the configuration says it.
+        key: &'static str,
         /// The address.
         address: String,
         /// Why.
@@ -95,6 +100,8 @@ pub struct Wanted<'a> {
     pub stream: &'static str,
     /// The remote protocol's socket in it.
     pub remote: &'static str,
+    /// The page server's address, if it is to listen.
+    pub pages: Option<&'a str>,
     /// The link's address, where the daemon listens for one.
     pub link: Option<&'a str>,
 }
@@ -126,20 +133,19 @@ impl Sockets {
             let taken = match name.as_str() {
                 STREAM => take_unix(&mut descriptors, index, &mut self.stream),
                 REMOTE => take_unix(&mut descriptors, index, &mut self.remote),
+                PAGES => take_tcp(&mut descriptors, index, &mut self.pages),
                 CONTROL => take_unix(&mut descriptors, index, &mut self.control),
                 LINK | CONNECTION if wanted.link.is_some() && self.connected.is_some() => {
                     return Err(SocketError::OneLink("what systemd handed over for it"));
                 }
-                LINK if wanted.link.is_some() => {
-                    descriptors.take_tcp_listener(index).map(|listener| self.link.extend(listener))
-                }
+                LINK if wanted.link.is_some() => take_tcp(&mut descriptors, index, &mut self.link),
                 CONNECTION if wanted.link.is_some() => take_connected(&mut descriptors, index)
                     .map(|connected| self.connected = Some(connected)),
                 _ => {
                     let known = if wanted.link.is_some() {
-                        "stream, remote, control, link, connection"
+                        "stream, remote, pages, control, link, connection"
                     } else {
-                        "stream, remote, control"
+                        "stream, remote, pages, control"
                     };
                     return Err(SocketError::Unknown(name, known.to_owned()));
                 }
@@ -155,7 +161,7 @@ impl Sockets {
     /// Whether all that is needed was handed over.
     fn check(&self, wanted: Wanted<'_>) -> Result<(), SocketError> {
         let needs_link = wanted.link.is_some() && self.connected.is_none();
-        // A site without clients for the remote protocol masks its socket.
+        // A site without clients for the remote or the page server protocol masks its socket.
         for (name, missing) in [
             (STREAM, self.stream.is_empty()),
             (CONTROL, self.control.is_empty()),
@@ -179,10 +185,15 @@ impl Sockets {
         self.stream.push(bind(wanted.stream)?);
         self.remote.push(bind(wanted.remote)?);
         self.control.push(bind(CONTROL_SOCKET)?);
+        let listen = |key, address: &str| {
+            let failed = |cause| SocketError::Listen { key, address: address.to_owned(), cause };
+            TcpListener::bind(address).map_err(failed)
+        };
         if let (Some(address), None) = (wanted.link, &self.connected) {
-            let listener = TcpListener::bind(address)
-                .map_err(|cause| SocketError::Listen { address: address.to_owned(), cause })?;
-            self.link.push(listener);
+            self.link.push(listen("listen", address)?);
+        }
+        if let Some(address) = wanted.pages {
+            self.pages.push(listen("pages.listen", address)?);
         }
         Ok(())
     }
@@ -196,6 +207,15 @@ fn take_connected(descriptors: &mut ListenFd, index: usize) -> io::Result<Connec
     };
     let socket = taken.ok_or(io::ErrorKind::NotFound)?;
     Connected::adopt(socket).map_err(io::Error::other)
+}
+
+fn take_tcp(
+    descriptors: &mut ListenFd,
+    index: usize,
+    sockets: &mut Vec<TcpListener>,
+) -> io::Result<()> {
+    sockets.extend(descriptors.take_tcp_listener(index)?);
+    Ok(())
 }
 
 fn take_unix(

@@ -103,6 +103,7 @@ impl Daemon for Proxy {
             work_dir: &settings.work_dir,
             stream: CAPTURE_SOCKET,
             remote: PROXY_SOCKET,
+            pages: settings.pages.listen.as_deref(),
             link: None,
         }
     }

@@ -56,7 +56,7 @@ impl Store {
         self.held_images(key)
     }
 
-    fn held_images(&self, key: Key) -> Result<Rc<Images>, NoFiles> {
+    pub(super) fn held_images(&self, key: Key) -> Result<Rc<Images>, NoFiles> {
         let images = self.look(key, |snapshot| match &snapshot.state {
             State::Whole(images) | State::Taken(images) => Some(images.clone()),
             _ => None,

@@ -5,9 +5,11 @@
 
 use std::os::unix::fs::FileExt;
 
+use super::files::NoFiles;
 use super::image::Image;
 use super::pages::{Flat, PageRange, Round};
 use super::snapshot::Images;
+use super::{Key, Store};
 use crate::criu::pagemap::{Pagemap, Placed};
 use crate::criu::pages::{Contents, PAGE_SIZE, Space, pages_id, pages_image};
 
@@ -44,6 +46,14 @@ pub(super) fn flatten(
         }
     }
     round.commit().map_err(|refused| refused.to_string())
+}
+
+impl Store {
+    /// The pages of a whole or taken snapshot, however they came. The error is why they cannot be told.
+    pub fn flat_of(&self, key: Key) -> Result<Flat<Space>, String> {
+        let images = self.held_images(key).map_err(|no: NoFiles| no.to_string())?;
+        flatten(&images, None)
+    }
 }
 
 /// Takes the pagemap and pages images of a snapshot out of its images, so that others can take their place.

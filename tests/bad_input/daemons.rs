@@ -111,6 +111,8 @@ impl Daemon {
         exec: &str,
     ) -> Result<Daemon, String> {
         let dir = tempfile::tempdir().unwrap();
+        // The port of the page server is one for all that do not ask for another.
+        let base = [base, &[("pages.listen", "\"\"")]].concat();
         let all: BTreeMap<_, _> = base.iter().chain(settings).copied().collect();
         let lines = all.iter().map(|(key, value)| format!("{key} = {value}\n"));
         let config = dir.path().join("config.toml");
@@ -281,6 +283,14 @@ impl Daemon {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (to, theirs) = (cache.map(|cache| cache.to_string()), OwnedFd::from(theirs));
         self.control(async |client| client.open(id, to.as_deref(), Reading::Take, theirs).await)
+            .unwrap();
+        ours
+    }
+
+    /// A connection on which pages of the snapshot `id` are asked for.
+    pub(crate) fn open_pages(&self, id: &str) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        self.control(async |client| client.open_pages(id, None, None, theirs.into()).await)
             .unwrap();
         ours
     }

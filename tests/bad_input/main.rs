@@ -21,6 +21,7 @@ mod descriptors;
 mod link_at_cache;
 mod link_at_proxy;
 mod link_order;
+mod pages_at_cache;
 mod quota;
 mod remote_headers;
 mod remote_link_at_cache;

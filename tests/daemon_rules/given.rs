@@ -84,7 +84,7 @@ fn address_and_port_are_ignored() {
     let number = theirs.as_raw_fd().to_string();
     let mut command = Command::new(CACHE);
     command.current_dir(dir.path()).args(["-W", ".", "-c", "config.toml", "--port", &port]);
-    fs::write(dir.path().join("config.toml"), "").unwrap();
+    fs::write(dir.path().join("config.toml"), "pages.listen = \"\"\n").unwrap();
     command.args(["--address", "127.0.0.1", "--ps-socket", &number]);
     let cache = Running::with(&mut command, dir.path(), &[theirs.as_fd()]);
     Link::new(ours).hello();

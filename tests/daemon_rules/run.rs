@@ -56,8 +56,9 @@ pub(crate) fn command(binary: &str, dir: &Path) -> Command {
     }
     let config = dir.join("config.toml");
     if !config.exists() {
-        fs::write(config, "store.max-bytes = \"64M\"\n".repeat(usize::from(binary == CACHE)))
-            .unwrap();
+        // The port of the page server is one for all that do not ask for another.
+        let room = "store.max-bytes = \"64M\"\n".repeat(usize::from(binary == CACHE));
+        fs::write(config, format!("pages.listen = \"\"\n{room}")).unwrap();
     }
     command.current_dir(dir).args(["--config", "config.toml", "--work-dir", "."]);
     if binary == CACHE {

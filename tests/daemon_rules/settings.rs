@@ -54,8 +54,9 @@ fn the_configuration_alone_will_do() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path();
     let shown = path.display();
-    let settings =
-        format!("daemon = true\npidfile = \"{shown}/pid\"\nlog.file = \"{shown}/log\"\n");
+    let settings = format!(
+        "daemon = true\npidfile = \"{shown}/pid\"\nlog.file = \"{shown}/log\"\npages.listen = \"\"\n"
+    );
     fs::write(path.join("config.toml"), settings).unwrap();
     let (status, said) = crate::run::output(&mut command(PROXY, path), &[]);
     assert_eq!((status, said.as_str()), (0, ""));
@@ -70,7 +71,7 @@ fn sighup_opens_the_log_anew_and_keeps_the_options() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path();
     let log = path.join("log");
-    fs::write(path.join("config.toml"), "log.level = \"error\"\n").unwrap();
+    fs::write(path.join("config.toml"), "log.level = \"error\"\npages.listen = \"\"\n").unwrap();
     for way in [Way::Foreground, Way::Daemon] {
         let daemon = start(way, command(CACHE, path).arg("-v"), path).unwrap();
         fs::rename(&log, path.join("log.1")).unwrap();

@@ -58,7 +58,11 @@ fn a_port_in_use() {
         let path = dir.path();
         let other = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = other.local_addr().unwrap();
-        fs::write(path.join("config.toml"), format!("listen = \"{address}\"\n")).unwrap();
+        fs::write(
+            path.join("config.toml"),
+            format!("listen = \"{address}\"\npages.listen = \"\"\n"),
+        )
+        .unwrap();
         let mut command = Command::new(CACHE);
         command.current_dir(path).args(["-c", "config.toml", "-W", "."]);
         let (status, said) = start(way, &mut command, path).err().unwrap();

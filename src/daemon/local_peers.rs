@@ -1,0 +1,138 @@
+//! Who is at the other end of a connection that may be TCP, and may be from this machine.
+//!
+//! TCP has no `SO_PEERCRED`. But the kernel lists both ends of a connection within a machine, each with the
+//! user whose socket it is (`/proc/net/tcp`, proc(5)).
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use rustix::net::getsockname;
+use rustix::net::sockopt::socket_peercred;
+
+use crate::sys::connected::{Peer, Stream};
+
+/// The state of a connection that neither end has closed (`include/net/tcp_states.h`).
+const ESTABLISHED: &str = "01";
+
+/// Why a peer is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum NotAdmitted {
+    /// It is on another machine.
+    #[error(
+        "it is on another machine; set `insecure = true` to let whoever reaches the socket have its \
+         pages on a network that you trust"
+    )]
+    NotLocal,
+    /// The kernel lists no such peer: it has gone, or lives in another network namespace.
+    #[error("its user is not known")]
+    Unknown,
+    /// It may not.
+    #[error("its uid, {0}, is not in allow-uids")]
+    NotAllowed(u32),
+    /// The user cannot be looked up.
+    #[error("its user cannot be told: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Checks that a peer may connect: that it is a process of this machine, root's, the daemon's own user's, or
+/// one's of `allowed`. Peers of other machines are only let in if that is `insecure`, whoever they are.
+pub fn admit_stream(stream: &Stream, allowed: &[u32], insecure: bool) -> Result<(), NotAdmitted> {
+    let uid = match stream.peer() {
+        Peer::Unix => socket_peercred(stream).map_err(io::Error::from)?.uid.as_raw(),
+        Peer::Tcp(peer) if peer.ip().is_loopback() => owner_of(stream, peer)?,
+        Peer::Tcp(_) if insecure => return Ok(()),
+        Peer::Tcp(_) => return Err(NotAdmitted::NotLocal),
+    };
+    let own = rustix::process::geteuid().as_raw();
+    let admitted = uid == 0 || uid == own || allowed.contains(&uid);
+    if admitted { Ok(()) } else { Err(NotAdmitted::NotAllowed(uid)) }
+}
+
+/// The user at the other end of a connection within this machine.
+fn owner_of(stream: &Stream, peer: SocketAddr) -> Result<u32, NotAdmitted> {
+    let ours = SocketAddr::try_from(getsockname(stream).map_err(io::Error::from)?);
+    let ours = canonical(ours.map_err(io::Error::from)?);
+    let mut owners = ["/proc/net/tcp", "/proc/net/tcp6"].iter().filter_map(|list| {
+        match std::fs::read_to_string(list) {
+            Ok(list) => owner(&list, peer, ours).map(Ok),
+            // A kernel without IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(Err(error)),
+        }
+    });
+    Ok(owners.next().ok_or(NotAdmitted::Unknown)??)
+}
+
+/// The user of the socket between two addresses.
+fn owner(list: &str, local: SocketAddr, remote: SocketAddr) -> Option<u32> {
+    // sl local_address rem_address st tx_queue:rx_queue tr:tm->when retrnsmt uid …
+    list.lines().skip(1).find_map(|line| {
+        let mut words = line.split_ascii_whitespace().skip(1);
+        let ends = (address(words.next()?)?, address(words.next()?)?);
+        let open = words.next()? == ESTABLISHED;
+        let uid = words.nth(3)?.parse().ok()?;
+        (open && ends == (local, remote)).then_some(uid)
+    })
+}
+
+/// An address as the list has it: words of 32 bits in the machine's own order, in hex, and the port.
+fn address(text: &str) -> Option<SocketAddr> {
+    let (ip, port) = text.split_once(':')?;
+    let word = |at: usize| {
+        let digits = ip.get(8 * at..8 * at + 8)?;
+        u32::from_str_radix(digits, 16).ok().map(u32::to_ne_bytes)
+    };
+    let ip = match ip.len() {
+        8 => IpAddr::V4(Ipv4Addr::from(word(0)?)),
+        32 => {
+            let bytes = [word(0)?, word(1)?, word(2)?, word(3)?].concat();
+            IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?))
+        }
+        _ => return None,
+    };
+    Some(canonical(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?)))
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::{TcpListener, TcpStream, UnixStream};
+
+    #[tokio::test]
+    async fn a_peer_of_this_machine_is_known_by_its_user() {
+        for bound in ["127.0.0.1:0", "[::]:0"] {
+            let listener = TcpListener::bind(bound).await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            let (accepted, peer) = listener.accept().await.unwrap();
+            let accepted = Stream::from_tcp(accepted, peer).unwrap();
+            admit_stream(&accepted, &[], false).unwrap();
+            drop(client);
+            let refused = admit_stream(&accepted, &[], false).unwrap_err().to_string();
+            assert_eq!(refused, "its user is not known", "what nobody holds any more is nobody's");
+        }
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        admit_stream(&Stream::from_unix(ours), &[], false).unwrap();
+    }
+
+    #[test]
+    fn the_user_stands_beside_the_addresses() {
+        let list = "\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:270B 00000000:0000 0A 00000000:00000000 00:00000000 00000000   107        0 1 1
+   1: 0100007F:270B 0100007F:9C40 01 00000000:00000000 00:00000000 00000000   107        0 2 1
+   2: 0100007F:9C40 0100007F:270B 01 00000000:00000000 00:00000000 00000000  1000        0 3 1
+   3: 0100007F:9C41 0100007F:270B 06 00000000:00000000 00:00000000 00000000     0        0 0 1
+   4: 0000000000000000FFFF00000100007F:9C42 0000000000000000FFFF00000100007F:270B 01 00000000:00000000 00:00000000 00000000  1001        0 3 1
+   5: torn";
+        let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        assert_eq!(owner(list, at(0x9c40), at(9995)), Some(1000));
+        assert_eq!(owner(list, at(0x9c41), at(9995)), None, "closed");
+        assert_eq!(owner(list, at(0x9c42), at(9995)), Some(1001));
+        assert_eq!(owner(list, at(0x9c43), at(9995)), None);
+    }
+}
