@@ -22,19 +22,18 @@ mod rounds;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Instant;
 
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 
 use crate::config::CacheSettings;
 use crate::control::model::LinkStatus;
 use crate::criu::remote::CACHE_SOCKET;
 use crate::criu::stream::SERVE_SOCKET;
-use crate::daemon::accept::{Listeners, accept_each, permits};
+use crate::daemon::accept::{Listeners, permits};
 use crate::daemon::given::GivenLink;
-use crate::daemon::handed_over::{into_tokio, tcp_into_tokio};
+use crate::daemon::handed_over::into_tokio;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
@@ -99,19 +98,8 @@ impl Cache {
     }
 
     /// Serves one proxy.
-    async fn serve_link(self: Rc<Self>, (socket, address): (TcpStream, SocketAddr)) {
-        match Stream::from_tcp(socket, address) {
-            Ok(stream) => drop(link::serve(&self, stream).await),
-            Err(error) => tracing::warn!("a link from {address} cannot be served: {error}"),
-        }
-    }
-
-    /// Serves one client that asks for pages.
-    async fn serve_pages(self: Rc<Self>, (socket, address): (TcpStream, SocketAddr)) {
-        match Stream::from_tcp(socket, address) {
-            Ok(stream) => pages::admit_and_serve(self, stream, Whose::WhoHasTheTask).await,
-            Err(error) => tracing::warn!("pages cannot be served to {address}: {error}"),
-        }
+    async fn serve_link(self: Rc<Self>, stream: Stream) {
+        let _ = link::serve(&self, stream).await;
     }
 
     /// Serves the one proxy that is connected already.
@@ -204,20 +192,15 @@ impl Daemon for Cache {
             cache.listeners.serve_unix("remote", listener, &max_clients, serve)?;
         }
         for listener in sockets.pages {
-            let (cache, max) = (cache.clone(), max_readers.clone());
-            let listener = tcp_into_tokio(listener)?;
-            cache.clone().listeners.start(async move {
-                let accept = async || listener.accept().await;
-                accept_each("pages", max, accept, |peer| cache.clone().serve_pages(peer)).await;
-            });
+            let serving = cache.clone();
+            let serve =
+                move |stream| pages::admit_and_serve(serving.clone(), stream, Whose::WhoHasTheTask);
+            cache.listeners.serve_tcp("pages", listener, &max_readers, serve)?;
         }
         for listener in sockets.link {
-            let (cache, max, listener) =
-                (cache.clone(), max_links.clone(), tcp_into_tokio(listener)?);
-            cache.clone().listeners.start(async move {
-                let accept = async || listener.accept().await;
-                accept_each("link", max, accept, |peer| cache.clone().serve_link(peer)).await;
-            });
+            let serving = cache.clone();
+            let serve = move |stream| serving.clone().serve_link(stream);
+            cache.listeners.serve_tcp("link", listener, &max_links, serve)?;
         }
         if let Some(connected) = sockets.connected {
             tokio::task::spawn_local(cache.clone().serve_given(connected.register()?));

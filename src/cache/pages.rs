@@ -20,7 +20,7 @@ use crate::criu::page_server::header::Reader;
 use crate::criu::page_server::kind::Kind;
 use crate::criu::pages::Space;
 use crate::daemon::accept::accept_one;
-use crate::daemon::handed_over::PagesListener;
+use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
 use crate::daemon::sessions::Session;
@@ -123,7 +123,7 @@ pub(super) async fn serve(cache: Rc<Cache>, stream: Stream, whose: Whose) {
 }
 
 /// Serves an opened socket until its snapshot is gone.
-pub(super) async fn listen(cache: Rc<Cache>, listener: PagesListener, key: Key) {
+pub(super) async fn listen(cache: Rc<Cache>, listener: Listener, key: Key) {
     let accept = async || listener.accept().await;
     loop {
         let stream = tokio::select! {

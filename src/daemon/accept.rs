@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::net::TcpListener;
 use std::os::unix::net;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,8 @@ use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-use super::handed_over::into_tokio;
+use super::handed_over::{Listener, into_tokio, tcp_into_tokio};
+use crate::sys::connected::Stream;
 
 /// How long to wait when descriptors or memory have run out: a session's end frees some.
 pub const BACK_OFF: Duration = Duration::from_millis(100);
@@ -69,6 +71,21 @@ impl Listeners {
         self.start(async move {
             let accept = async || Ok(listener.accept().await?.0);
             accept_each(socket, permits, accept, serve).await;
+        });
+        Ok(())
+    }
+
+    /// The same for a TCP socket.
+    pub fn serve_tcp<F: Future<Output = ()> + 'static>(
+        &self,
+        socket: &'static str,
+        listener: TcpListener,
+        permits: &Arc<Semaphore>,
+        serve: impl Fn(Stream) -> F + 'static,
+    ) -> io::Result<()> {
+        let (listener, permits) = (Listener::Tcp(tcp_into_tokio(listener)?), permits.clone());
+        self.start(async move {
+            accept_each(socket, permits, async || listener.accept().await, serve).await;
         });
         Ok(())
     }

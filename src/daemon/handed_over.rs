@@ -35,18 +35,18 @@ impl Socket {
 /// A socket on which CRIU's page server protocol is spoken.
 #[derive(Debug)]
 pub enum PagesSocket {
-    /// CRIU runs connect to it.
-    Listening(PagesListener),
+    /// Clients connect to it.
+    Listening(Listener),
     /// One client is connected.
     Connected(Stream),
 }
 
-/// A socket on which clients of CRIU's page server protocol connect.
+/// A socket from which connections are accepted.
 #[derive(Debug)]
-pub enum PagesListener {
-    /// As `--address` and `--port` name it.
+pub enum Listener {
+    /// TCP.
     Tcp(TcpListener),
-    /// As a client that connects itself (`--ps-socket`) may use it.
+    /// A unix socket.
     Unix(UnixListener),
 }
 
@@ -58,23 +58,23 @@ impl PagesSocket {
             return connected.register().map(PagesSocket::Connected);
         }
         let listener = if socket_domain(&socket)? == AddressFamily::UNIX {
-            PagesListener::Unix(into_tokio(socket.into())?)
+            Listener::Unix(into_tokio(socket.into())?)
         } else {
-            PagesListener::Tcp(tcp_into_tokio(socket.into())?)
+            Listener::Tcp(tcp_into_tokio(socket.into())?)
         };
         Ok(PagesSocket::Listening(listener))
     }
 }
 
-impl PagesListener {
+impl Listener {
     /// Accepts one connection.
     pub async fn accept(&self) -> io::Result<Stream> {
         match self {
-            PagesListener::Tcp(listener) => {
+            Listener::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 Stream::from_tcp(stream, peer)
             }
-            PagesListener::Unix(listener) => Ok(Stream::from_unix(listener.accept().await?.0)),
+            Listener::Unix(listener) => Ok(Stream::from_unix(listener.accept().await?.0)),
         }
     }
 }

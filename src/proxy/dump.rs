@@ -2,6 +2,7 @@
 //! acknowledgement.
 
 use std::cell::Cell;
+use std::fmt::Display;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -41,12 +42,16 @@ impl Target {
     /// A new snapshot for a dump through the shared socket, which names none: the id says who took
     /// it, when, and which CRIU.
     pub fn fresh(host: &str, peer: Peer, cache: String) -> Target {
-        // No two are alike, not even those of one process in one millisecond.
-        static LAST: AtomicU64 = AtomicU64::new(0);
-        let at = now_ms().max(LAST.load(Ordering::Relaxed) + 1);
-        LAST.store(at, Ordering::Relaxed);
-        Target { id: format!("{host}-{at}-{}", peer.pid), cache, record: None }
+        Target { id: fresh_id(host, peer.pid), cache, record: None }
     }
+}
+
+/// An id for a dump that names none: no two are alike, not even those of one `peer` in one millisecond.
+pub(super) fn fresh_id(host: &str, peer: impl Display) -> String {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let at = now_ms().max(LAST.load(Ordering::Relaxed) + 1);
+    LAST.store(at, Ordering::Relaxed);
+    format!("{host}-{at}-{peer}")
 }
 
 /// Serves one dump. Returns whether the snapshot is at the cache. Whatever fails ends this session

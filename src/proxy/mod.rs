@@ -125,6 +125,11 @@ impl Daemon for Proxy {
             let serve = move |socket| remote::session::serve(&serving, socket);
             proxy.listeners.serve_unix("remote", listener, &max_clients, serve)?;
         }
+        for listener in sockets.pages {
+            let serving = proxy.clone();
+            let serve = move |stream| pages::serve_shared(serving.clone(), stream);
+            proxy.listeners.serve_tcp("pages", listener, &max, serve)?;
+        }
         for listener in sockets.control {
             let (backend, admitting) = (control::Control(proxy.clone()), proxy.clone());
             let admit = move |socket: &UnixStream| admitting.admit(socket);

@@ -8,19 +8,22 @@ use tokio::time::timeout;
 use tracing::Instrument;
 
 use super::Proxy;
+use super::dump::fresh_id;
 use super::failure::Failure;
 use super::records::Record;
 use super::round::Round;
 use super::upload::Chunk;
 use crate::config::ProxySettings;
+use crate::control::model::SnapshotState;
 use crate::criu::page_server::answer;
 use crate::criu::page_server::command::Command;
 use crate::criu::page_server::header::Reader;
 use crate::criu::page_server::session::{Action, Session};
 use crate::criu::pages::Contents;
 use crate::daemon::accept::accept_one;
-use crate::daemon::handed_over::PagesListener;
+use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
+use crate::daemon::local_peers::admit_stream;
 use crate::sys::connected::Stream;
 use crate::sys::ends::Source;
 
@@ -38,6 +41,31 @@ pub(super) struct Target {
     pub(super) cache: String,
     /// Its record.
     pub(super) record: Rc<Record>,
+}
+
+/// Serves one connection of the shared socket: its rounds become a new snapshot.
+pub(super) async fn serve_shared(proxy: Rc<Proxy>, stream: Stream) {
+    let id = fresh_id(&proxy.name, stream.peer().port());
+    let cache = proxy.links.destination(&proxy.settings());
+    // Nobody has that id.
+    let Some(record) = proxy.records.add(&id, &cache, SnapshotState::Awaited) else { return };
+    let target = Target { id, parent: None, cache, record: record.clone() };
+    admit_and_serve(proxy.clone(), stream, target).await;
+    if record.state() == SnapshotState::Awaited {
+        proxy.records.remove(&record);
+    }
+}
+
+/// Serves one connection of a socket that anybody may find, if its client may connect.
+async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
+    let (settings, peer) = (proxy.settings(), stream.peer());
+    match admit_stream(&stream, &settings.allow_uids, settings.insecure) {
+        Ok(()) => serve(proxy, stream, target).await,
+        Err(why) => {
+            let message_id = journal::PEER_REFUSED;
+            tracing::warn!(message_id, "pages from {peer} are refused: {why}");
+        }
+    }
 }
 
 /// Serves one connection, until the client closes it or breaks the protocol. Whatever fails ends this
@@ -72,7 +100,7 @@ pub(super) async fn serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
 }
 
 /// Serves an opened socket until the snapshot is whole, or its record is stopped or replaced.
-pub(super) async fn listen(proxy: Rc<Proxy>, listener: PagesListener, target: Target) {
+pub(super) async fn listen(proxy: Rc<Proxy>, listener: Listener, target: Target) {
     let accept = async || listener.accept().await;
     loop {
         let stream = tokio::select! {
@@ -80,7 +108,7 @@ pub(super) async fn listen(proxy: Rc<Proxy>, listener: PagesListener, target: Ta
             () = target.record.over() => return,
         };
         // A task of its own: a round goes on when the daemon stops to listen.
-        tokio::task::spawn_local(serve(proxy.clone(), stream, target.clone()));
+        tokio::task::spawn_local(admit_and_serve(proxy.clone(), stream, target.clone()));
     }
 }
 

@@ -29,6 +29,14 @@ impl Peer {
         }
     }
 
+    /// Its port, 0 for a unix socket.
+    pub fn port(&self) -> u16 {
+        match self {
+            Peer::Tcp(address) => address.port(),
+            Peer::Unix => 0,
+        }
+    }
+
     /// Whether what is sent to it stays on this machine.
     pub fn is_local(&self) -> bool {
         match self {
