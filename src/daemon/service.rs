@@ -75,9 +75,10 @@ pub(super) fn run<D: Daemon>(
     runtime.block_on(local.run_until(async {
         let mut signals = Signals::listen()?;
         let daemon = D::start(settings, sockets)?;
+        // Who is told looks into the log.
+        tracing::info!("{} {} serves", D::NAME, env!("CARGO_PKG_VERSION"));
         given.readiness.report()?;
         notify::ready(&daemon.status_line());
-        tracing::info!("{} {} serves", D::NAME, env!("CARGO_PKG_VERSION"));
         let well = serve(&*daemon, options, logging, &mut signals).await;
         drain(&*daemon, &mut signals).await;
         daemon.farewell();

@@ -36,7 +36,6 @@ use tokio::sync::watch;
 pub use claim::{Claim, Unavailable};
 pub use files::NoFiles;
 pub use image::{Image, Part};
-use pages::Flat;
 pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Sender, Snapshot, State};
@@ -46,7 +45,6 @@ use flatten::{flatten, take_out_pages};
 use lists::Lists;
 
 use crate::config::{Keep, StoreSettings};
-use crate::criu::pages::Space;
 use crate::criu::remote::{PARENT, encode_ids};
 
 /// What need not be kept once it was taken stays this long, so that who waits for it sees that it
@@ -335,11 +333,8 @@ impl Store {
             None => Err(Refused::Dropped.to_string()),
         };
         match whole {
-            Ok((images, flat)) => {
-                self.update(key, |snapshot| {
-                    snapshot.pages.flat = flat;
-                    snapshot.end(State::Whole(images));
-                });
+            Ok(images) => {
+                self.update(key, |snapshot| snapshot.end(State::Whole(images)));
                 Ok(())
             }
             Err(reason) => {
@@ -350,12 +345,8 @@ impl Store {
     }
 
     /// The images of a snapshot of which everything has come, as if it was one dump: with the pages that came
-    /// in rounds, or that are in its parent; and those pages.
-    fn all_images(
-        &self,
-        snapshot: &Snapshot,
-        partial: bool,
-    ) -> Result<(Rc<Images>, Option<Flat<Space>>), String> {
+    /// in rounds, or that are in its parent.
+    fn all_images(&self, snapshot: &Snapshot, partial: bool) -> Result<Rc<Images>, String> {
         let State::Receiving(images) = &snapshot.state else {
             return Err(Refused::Dropped.to_string());
         };
@@ -378,7 +369,7 @@ impl Store {
         if let Some(flat) = &flat {
             flat_images(flat, Rc::make_mut(&mut images), &self.quota)?;
         }
-        Ok((images, flat))
+        Ok(images)
     }
 
     /// A snapshot cannot be completed: its bytes are given back, its reason is kept. One that had pages

@@ -131,14 +131,14 @@ impl Snapshot {
             return;
         }
         let counts = self.counts();
-        self.pages = Pages::default();
         self.end(State::Damaged { reason: reason.to_owned(), counts });
     }
 
     /// Becomes whole or damaged.
     pub(super) fn end(&mut self, state: State) {
         self.state = state;
-        self.pages.of_parent = None;
+        // Images hold the pages that they show.
+        self.pages = Pages::default();
         self.since = Instant::now();
         self.ended_ms = now_ms();
     }
@@ -169,7 +169,7 @@ impl Snapshot {
         }
     }
 
-    /// Its pages that came in rounds; `None` if no round has come yet.
+    /// Its pages that came in rounds, until it is whole; `None` if no round has come yet.
     pub fn flat(&self) -> Option<&Flat<Space>> {
         self.pages.flat.as_ref()
     }
