@@ -13,5 +13,6 @@
 mod bed;
 mod dirtier;
 
+mod phaul;
 mod relay;
 mod rounds;

@@ -4,17 +4,20 @@ use crate::bed::{CRIUS, Guest, guest};
 use crate::dirtier::Dirtier;
 
 /// A proxy and a cache that serve, until this is dropped. Their work-dirs are `proxy` and `cache` in `dir`.
-struct Relay<'a> {
+pub(crate) struct Relay<'a> {
     guest: &'a Guest,
-    dir: &'static str,
+    pub(crate) dir: &'static str,
 }
 
 impl<'a> Relay<'a> {
     #[track_caller]
-    fn start(guest: &'a Guest, dir: &'static str) -> Relay<'a> {
+    pub(crate) fn start(guest: &'a Guest, dir: &'static str) -> Relay<'a> {
         guest.ok(&format!("rm -rf {dir}; mkdir -p {dir}"));
         guest.write(&format!("{dir}/cache.toml"), "listen = \"127.0.0.1:9996\"\n");
-        guest.write(&format!("{dir}/proxy.toml"), "cache = \"127.0.0.1:9996\"\n");
+        guest.write(
+            &format!("{dir}/proxy.toml"),
+            "cache = \"127.0.0.1:9996\"\n[link]\ngive-up-after = \"3s\"\n",
+        );
         let relay = Relay { guest, dir };
         for name in ["cache", "proxy"] {
             // It returns when the daemon serves.
