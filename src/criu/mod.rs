@@ -10,6 +10,7 @@ pub mod page_server;
 pub mod pagemap;
 pub mod pages;
 pub mod remote;
+pub mod stats;
 pub mod stream;
 
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
