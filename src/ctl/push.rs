@@ -27,14 +27,15 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<(), Failure> {
     let id = reach::snapshot_id(push.snapshot.as_deref(), &push.dir)?;
     let mut client = reach::only(daemon, Role::Proxy, "push").await?;
-    let set = Set::read(&push.dir)?;
+    let before = client.show(&id).await.ok().map(|(snapshot, _)| snapshot);
+    let paged = before.as_ref().is_some_and(|before| before.state == SnapshotState::Paged);
+    let set = Set::read(&push.dir, paged)?;
     if push.verbose {
         for name in &set.skipped {
             let _ = writeln!(io::stderr(), "{}: left out, no image of the stream", clean(name));
         }
     }
     let begun = Instant::now();
-    let before = client.show(&id).await.ok().map(|(snapshot, _)| snapshot);
     let (session, theirs) = Session::new()
         .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
     client.open(&id, push.to.as_deref(), Reading::Take, theirs).await?;
@@ -78,12 +79,16 @@ struct Set {
 }
 
 impl Set {
-    fn read(dir: &Path) -> Result<Set, Failure> {
+    /// Looks what is there. A dump with a parent is no checkpoint by itself: its pages have to be at the
+    /// cache (`paged`).
+    fn read(dir: &Path, paged: bool) -> Result<Set, Failure> {
         let failed = |error: io::Error| Failure::failed(format!("{}: {error}", dir.display()));
-        if fs::symlink_metadata(dir.join("parent")).is_ok() {
+        if !paged && fs::symlink_metadata(dir.join("parent")).is_ok() {
             let what = format!("{} has a parent: it is an incremental dump", dir.display());
-            return Err(Failure::failed(what)
-                .cure("that is not supported yet; dump without --prev-images-dir"));
+            return Err(Failure::failed(what).cure(
+                "its pages have to be at the cache first (criu-imagectl open --pages), or dump without \
+                 --prev-images-dir",
+            ));
         }
         let (mut images, mut skipped) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(dir).map_err(failed)? {
@@ -244,7 +249,7 @@ mod tests {
             "dump.log",
             "irmap-cache.img",
         ]);
-        let set = Set::read(dir.path()).unwrap();
+        let set = Set::read(dir.path(), false).unwrap();
         let names: Vec<_> = set.images.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["core-7.img", "pages-1.img", "inventory.img"]);
         assert_eq!(set.skipped, ["dump.log", "irmap-cache.img", "stats-dump", "stats-dump.img"]);
@@ -253,10 +258,11 @@ mod tests {
     #[test]
     fn what_is_no_full_checkpoint_is_refused() {
         let dir = directory(&["core-7.img"]);
-        assert!(Set::read(dir.path()).unwrap_err().to_string().contains("no inventory.img"));
+        assert!(Set::read(dir.path(), false).unwrap_err().to_string().contains("no inventory.img"));
         let dir = directory(&["inventory.img"]);
         std::os::unix::fs::symlink("../1", dir.path().join("parent")).unwrap();
-        assert!(Set::read(dir.path()).unwrap_err().to_string().contains("incremental"));
-        assert!(Set::read(Path::new("/nonexistent")).is_err());
+        assert!(Set::read(dir.path(), false).unwrap_err().to_string().contains("incremental"));
+        assert!(Set::read(dir.path(), true).is_ok());
+        assert!(Set::read(Path::new("/nonexistent"), false).is_err());
     }
 }
