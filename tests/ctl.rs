@@ -143,8 +143,12 @@ impl Backend for Fake {
         Ok(())
     }
 
-    fn open_pages(&self, _request: OpenPages, _socket: OwnedFd) -> Result<(), Refusal> {
-        Err(Refusal::Refused("no pages here".to_owned()))
+    fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal> {
+        assert!(request.listening);
+        self.store.put(&request.id, SnapshotState::Paged, &[]);
+        // Somebody has to keep it open.
+        std::mem::forget(socket);
+        Ok(())
     }
 
     fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal> {
@@ -502,6 +506,30 @@ fn a_socket_is_opened_in_a_directory() {
     drop(UnixListener::bind(dir.join("streamer-serve.sock")).unwrap());
     let opened = cache.ctl(&["--json", "open", "--snapshot", "x", utf8(&dir)]).exits(0).json();
     assert_eq!(opened["snapshot"], "x");
+}
+
+#[test]
+fn a_page_server_is_opened_beside_the_socket() {
+    let proxy = Daemon::honest(Role::Proxy);
+    let dir = proxy.path("web");
+    fs::create_dir(&dir).unwrap();
+    let opened = proxy.ctl(&["--json", "open", "--pages", "--parent", "old", utf8(&dir)]).exits(0);
+    let port = opened.json()["port"].as_u64().unwrap();
+    std::net::TcpStream::connect(("127.0.0.1", u16::try_from(port).unwrap())).unwrap();
+    assert_eq!(opened.json()["commands"].as_array().unwrap().len(), 6);
+    assert_eq!(proxy.store.lock()["web"].snapshot.state, SnapshotState::Paged);
+
+    let dir = proxy.path("taken");
+    fs::create_dir(&dir).unwrap();
+    let taken = format!("--pages=127.0.0.1:{port}");
+    proxy.ctl(&["open", &taken, utf8(&dir)]).exits(1).complains("Address already in use");
+    proxy.ctl(&["open", "--parent", "old", utf8(&dir)]).exits(2).complains("--pages");
+    proxy.ctl(&["open", "--pages=here", utf8(&dir)]).exits(2).complains("--pages");
+    let cache = Daemon::honest(Role::Cache);
+    let for_a_dump = ["open", "--pages", "--parent", "old", utf8(&dir)];
+    cache.ctl(&for_a_dump).exits(2).complains("--parent");
+    let opened = cache.ctl(&["open", "--pages", utf8(&dir)]).exits(0).out();
+    assert!(opened.contains("criu lazy-pages -D"), "{opened}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::exit::HELP;
+use super::open;
 
 /// The command line of `criu-imagectl`.
 #[derive(Debug, Parser)]
@@ -106,16 +107,13 @@ If anything fails, what was made is removed.")]
     #[command(after_help = "Example, on the source host:\n  \
 criu dump -t PID -D /tmp/web && criu-imagectl push /tmp/web --to hostb\n\n\
 It ends when the cache has acknowledged the snapshot. Files that are not CRIU's images (logs, \
-statistics) are left out. A dump with a parent (--prev-images-dir) is not supported yet.")]
+statistics) are left out. Of a dump with a parent (--prev-images-dir) the pages have to be at the cache \
+already: it was made with --page-server (open --pages).")]
     Push(Push),
 
-    /// Make CRIU's stream socket in a directory of your choice
-    #[command(after_help = "Examples:\n  \
-criu-imagectl --proxy open /srv/web   # then: criu dump --stream -D /srv/web -t PID\n  \
-criu-imagectl --cache open /srv/web   # then: criu restore --stream -D /srv/web\n\n\
-The directory's name is the snapshot's. The socket is made here and handed to the daemon, which \
-needs no right to the directory. It prints the criu command to use.")]
-    Open(Open),
+    /// Make CRIU's stream socket in a directory of your choice, and a page server
+    #[command(after_help = open::args::HELP)]
+    Open(open::args::Open),
 
     /// Put images into a snapshot by name, through the proxy
     #[command(after_help = "Examples, on the source host:\n  \
@@ -221,25 +219,6 @@ pub(super) struct Push {
     pub(super) verbose: bool,
 
     /// The directory with the images
-    pub(super) dir: PathBuf,
-}
-
-/// `open`
-#[derive(Debug, Args)]
-pub(super) struct Open {
-    /// The snapshot's id, if not DIR's name
-    #[arg(long, value_name = "ID")]
-    pub(super) snapshot: Option<String>,
-
-    /// The cache that the dump goes to, instead of the configured one (proxy only)
-    #[arg(long, value_name = "HOST[:PORT]")]
-    pub(super) to: Option<String>,
-
-    /// Restore a snapshot once more that was taken already: the restore failed (cache only)
-    #[arg(long)]
-    pub(super) again: bool,
-
-    /// The directory; it must exist
     pub(super) dir: PathBuf,
 }
 

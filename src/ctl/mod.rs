@@ -6,6 +6,7 @@
 //! `criu restore` are; `put`, `get` and `finish` are of the remote protocol.
 
 mod cli;
+mod criu;
 mod exit;
 mod extract;
 mod finish;
