@@ -532,6 +532,96 @@ fn a_page_server_is_opened_beside_the_socket() {
     assert!(opened.contains("criu lazy-pages -D"), "{opened}");
 }
 
+/// Migrates a process that only sleeps, with a script in place of CRIU.
+fn migrate_with(proxy: &Daemon, criu: &str, options: &[&str]) -> Ran {
+    let script = proxy.path("criu");
+    fs::write(&script, format!("#!/bin/sh\n{criu}\n")).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut process = Command::new("sleep").arg("60").spawn().unwrap();
+    let pid = process.id().to_string();
+    let mut arguments = vec!["migrate", "-t", &pid, "--snapshot", "web", "--criu", utf8(&script)];
+    arguments.extend(["--work-dir", utf8(proxy.dir.path())]);
+    arguments.extend(options);
+    let ran = proxy.ctl(&arguments);
+    process.kill().unwrap();
+    process.wait().unwrap();
+    let left = fs::read_dir(proxy.dir.path()).unwrap().flatten();
+    let left: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    assert!(!left.iter().any(|name| name.starts_with("migrate-")), "{left:?}");
+    ran
+}
+
+#[test]
+fn a_migration_that_fails_says_why_and_leaves_nothing() {
+    let proxy = Daemon::honest(Role::Proxy);
+    let ran = migrate_with(&proxy, "", &["--criu", "/nonexistent/criu"]).exits(2);
+    assert!(ran.err().contains("--criu"), "{}", ran.err());
+
+    let failing = "[ $1 = check ] || { echo 'Error (criu/x.c:1): no' >&2; exit 1; }";
+    let ran = migrate_with(&proxy, failing, &[]).exits(1).complains("Error (criu/x.c:1): no");
+    assert!(ran.err().contains("runs on here"), "{}", ran.err());
+    assert!(proxy.store.lock().is_empty());
+
+    let silent = migrate_with(&proxy, "exit 0", &[]).exits(1);
+    silent.complains("stats-dump: No such file");
+    let garbage = "[ $1 = check ] || echo garbage-garbage >$5/stats-dump";
+    migrate_with(&proxy, garbage, &[]).exits(1).complains("does not begin as CRIU's statistics do");
+}
+
+#[test]
+fn without_tracking_only_the_final_dump_is_made() {
+    let proxy = Daemon::honest(Role::Proxy);
+    let ran = migrate_with(&proxy, "[ $1 = dump ]", &["--max-downtime", "1h", "--json"]).exits(0);
+    assert_eq!(ran.json()["outcome"], "migrated");
+    assert_eq!(ran.json()["rounds"], serde_json::json!([]));
+    assert!(ran.err().contains("mem_dirty_track"), "{}", ran.err());
+    let ran = migrate_with(&proxy, "[ $1 = dump ]", &["--max-downtime", "0"]).exits(7);
+    assert!(ran.err().contains("was not frozen"), "{}", ran.err());
+    assert!(proxy.store.lock().is_empty());
+}
+
+#[test]
+fn a_hand_over_is_not_made_for_other_scripts_or_after_it_was_called_off() {
+    let proxy = Daemon::honest(Role::Proxy);
+    let dir = proxy.path("1");
+    dumped(&dir);
+    let asked =
+        serde_json::json!({ "socket": proxy.socket, "snapshot": "web", "to": null, "dir": dir });
+    let hand_over = |action: &str| {
+        let mut command = imagectl();
+        command.env("CRTOOLS_SCRIPT_ACTION", action);
+        command.env("CRIU_IMAGECTL_HAND_OVER", asked.to_string());
+        Ran(command.output().unwrap())
+    };
+    hand_over("network-lock").exits(0);
+    assert!(proxy.store.lock().is_empty());
+    let called_off = proxy.path("called-off");
+    fs::write(&called_off, "").unwrap();
+    hand_over("post-dump").exits(8).complains("called off");
+    fs::remove_file(&called_off).unwrap();
+    hand_over("post-dump").exits(0);
+    assert_eq!(proxy.store.lock()["web"].snapshot.state, SnapshotState::Whole);
+}
+
+#[test]
+fn a_dry_run_prints_commands_and_a_restore_waits_no_longer_than_it_may() {
+    let own = std::process::id().to_string();
+    let dry = Ran(imagectl().args(["migrate", "-t", &own, "--dry-run"]).output().unwrap()).exits(0);
+    assert_eq!(dry.out().lines().count(), 4, "{}", dry.out());
+    assert!(dry.out().contains("--prev-images-dir ../2"), "{}", dry.out());
+    Ran(imagectl().args(["migrate", "-t", "4194305", "--dry-run"]).output().unwrap())
+        .exits(1)
+        .complains("no process 4194305");
+
+    let cache = Daemon::honest(Role::Cache);
+    let parent = utf8(cache.dir.path());
+    let restore = ["restore", "web", "--timeout", "200ms", "--work-dir", parent];
+    cache.ctl(&restore).exits(6).complains("it has not come");
+    cache.store.put("web", SnapshotState::Whole, &[("core-7.img", b"core")]);
+    let no_criu = ["restore", "web", "--criu", "/nonexistent", "--work-dir", parent];
+    cache.ctl(&no_criu).exits(1).complains("/nonexistent cannot be run");
+}
+
 #[test]
 fn a_daemon_that_is_not_there_and_wrong_usage_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::exit::HELP;
-use super::open;
+use super::{migrate, open, restore};
 
 /// The command line of `criu-imagectl`.
 #[derive(Debug, Parser)]
@@ -114,6 +114,14 @@ already: it was made with --page-server (open --pages).")]
     /// Make CRIU's stream socket in a directory of your choice, and a page server
     #[command(after_help = open::args::HELP)]
     Open(open::args::Open),
+
+    /// Move a running process: its memory in rounds, then the rest while it stands still
+    #[command(after_help = migrate::args::HELP)]
+    Migrate(migrate::args::Migrate),
+
+    /// Restore a process from a snapshot; it waits until the snapshot is whole
+    #[command(after_help = restore::args::HELP)]
+    Restore(restore::args::Restore),
 
     /// Put images into a snapshot by name, through the proxy
     #[command(after_help = "Examples, on the source host:\n  \
@@ -303,7 +311,7 @@ pub(super) enum Generate {
 }
 
 /// Reads a duration: seconds, or a number with ms, s, min or h.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || "a duration is wanted, as in 30, 1.5s, 500ms, 10min, 2h".to_owned();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);

@@ -1,4 +1,143 @@
-//! Commands of CRIU.
+//! Running CRIU.
+//!
+//! It is not killed in the middle of what it does: its parasite code would be left to clean up after
+//! itself, and network locks would stay. An interrupt takes away what it works with (its page server),
+//! so that it fails and undoes everything by itself. Only a second one kills it.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+use tokio::select;
+
+use super::exit::{Exit, Failure};
+use super::interrupts::Interrupts;
+use super::print::clean;
+
+/// CRIU's log, in its directory.
+pub(super) const LOG: &str = "criu.log";
+/// What it says before it has a log.
+const OUTPUT: &str = "criu.out";
+/// So much of the end of a log is looked at.
+const TAIL: u64 = 64 << 10;
+/// So many lines of it are told.
+const LINES: usize = 8;
+
+/// A run of CRIU, before it is one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Run {
+    /// The program.
+    pub(super) program: PathBuf,
+    /// What it does, for messages: `criu dump`.
+    pub(super) what: String,
+    /// Its arguments.
+    pub(super) arguments: Vec<OsString>,
+    /// What is added to its environment.
+    pub(super) environment: Vec<(&'static str, OsString)>,
+}
+
+impl Run {
+    /// As a shell reads it.
+    pub(super) fn line(&self) -> String {
+        let words = std::iter::once(self.program.as_os_str())
+            .chain(self.arguments.iter().map(OsString::as_os_str));
+        words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Whether it ends with status 0; it says nothing.
+    pub(super) async fn succeeds(&self) -> Result<bool, Failure> {
+        let mut command = self.command();
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(command.status().await.map_err(|error| self.not_run(&error))?.success())
+    }
+
+    /// Runs it with its log in `dir`. At the first interrupt `call_off` is awaited, which is to make it
+    /// fail; the second one kills it.
+    pub(super) async fn run(
+        &self,
+        dir: &Path,
+        interrupts: &mut Interrupts,
+        call_off: impl Future<Output = ()>,
+    ) -> Result<(), Failure> {
+        let failed = |error: io::Error| Failure::failed(format!("{}: {error}", dir.display()));
+        let output = File::create(dir.join(OUTPUT)).map_err(failed)?;
+        let mut command = self.command();
+        command.stdout(output.try_clone().map_err(failed)?).stderr(output);
+        let mut child = command.spawn().map_err(|error| self.not_run(&error))?;
+        let mut interrupted = false;
+        let mut call_off = Some(call_off);
+        let status = loop {
+            select! {
+                status = child.wait() => break status,
+                _ = interrupts.next() => {}
+            }
+            interrupted = true;
+            match call_off.take() {
+                Some(call_off) => call_off.await,
+                None => terminate(&child),
+            }
+        };
+        let status = status.map_err(|error| self.not_run(&error))?;
+        if status.success() {
+            // What is done is done, whoever wanted to stop it.
+            Ok(())
+        } else if interrupted {
+            Err(Failure::new(Exit::Interrupted, format!("{} was interrupted", self.what)))
+        } else {
+            let why = complaints(dir).into_iter().map(|line| format!("\n    {line}"));
+            let why: String = why.collect();
+            Err(Failure::failed(format!("{} failed: {status}{why}", self.what)))
+        }
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).envs(self.environment.iter().cloned());
+        // Ctrl-C on a terminal goes to the whole foreground group: it would kill CRIU.
+        command.stdin(Stdio::null()).process_group(0);
+        command
+    }
+
+    fn not_run(&self, error: &io::Error) -> Failure {
+        let program = self.program.display();
+        Failure::failed(format!("{program} cannot be run: {error}"))
+            .cure("install CRIU, or say where it is with --criu")
+    }
+}
+
+fn terminate(child: &Child) {
+    let pid = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+    if let Some(pid) = pid {
+        // It has ended in the meantime, if this fails.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+}
+
+/// What CRIU complained of: its errors, or else its last words.
+fn complaints(dir: &Path) -> Vec<String> {
+    let text = [OUTPUT, LOG].map(|name| tail(&dir.join(name)).unwrap_or_default()).concat();
+    let lines: Vec<_> = text.lines().map(clean).filter(|line| !line.trim().is_empty()).collect();
+    let errors =
+        lines.iter().filter(|line| line.contains("Error") || line.contains("criu-imagectl"));
+    let mut told: Vec<_> = errors.cloned().collect();
+    if told.is_empty() {
+        told = lines;
+    }
+    told.split_off(told.len().saturating_sub(LINES))
+}
+
+fn tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let len = fs::metadata(path)?.len();
+    file.seek(SeekFrom::Start(len.saturating_sub(TAIL)))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
 
 /// A word as a shell reads it back.
 pub(super) fn quoted(word: &str) -> String {
@@ -19,5 +158,25 @@ mod tests {
         assert_eq!(quoted("/srv/web-1"), "/srv/web-1");
         assert_eq!(quoted("/srv/my web's"), r"'/srv/my web'\''s'");
         assert_eq!(quoted(""), "''");
+        let run = Run {
+            program: "criu".into(),
+            what: "criu dump".into(),
+            arguments: ["dump", "-D", "/a b"].map(OsString::from).into(),
+            environment: Vec::new(),
+        };
+        assert_eq!(run.line(), "criu dump -D '/a b'");
+    }
+
+    #[test]
+    fn the_errors_of_a_log_are_told_or_else_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(complaints(dir.path()).is_empty());
+        fs::write(dir.path().join(OUTPUT), "usage\n\n").unwrap();
+        assert_eq!(complaints(dir.path()), ["usage"]);
+        let lines = (0..20).map(|n| format!("({n}) Error (criu/x.c:{n}): no\x1b\nWarn\n"));
+        fs::write(dir.path().join(LOG), lines.collect::<String>()).unwrap();
+        let told = complaints(dir.path());
+        assert_eq!(told.len(), LINES);
+        assert_eq!(told[7], "(19) Error (criu/x.c:19): no ");
     }
 }

@@ -27,6 +27,10 @@ pub enum Exit {
     Damaged = 5,
     /// It took longer than `--timeout` allows.
     TimedOut = 6,
+    /// The process would be frozen for longer than `--max-downtime` allows.
+    OutOfReach = 7,
+    /// A signal ended it.
+    Interrupted = 8,
 }
 
 /// The exit status as `--help` tells it.
@@ -38,7 +42,9 @@ Exit status:
   3  the daemon cannot be reached
   4  no such snapshot or image
   5  the snapshot is damaged
-  6  timed out";
+  6  timed out
+  7  --max-downtime is out of reach: the process was not frozen and runs on
+  8  interrupted by a signal";
 
 /// What to do when a daemon closes without a word.
 const BROKEN: &str =
@@ -82,6 +88,11 @@ impl Failure {
     /// Says what to do.
     pub(super) fn cure(self, cure: impl Into<String>) -> Failure {
         Failure { cure: Some(cure.into()), ..self }
+    }
+
+    /// Whether it says what to do.
+    pub(super) fn has_cure(&self) -> bool {
+        self.cure.is_some()
     }
 
     /// Writes it to stderr. If that cannot be written, nobody reads it.

@@ -12,15 +12,19 @@ mod extract;
 mod finish;
 mod generate;
 mod get;
+mod interrupts;
 mod look;
+mod migrate;
 mod open;
 mod print;
 mod push;
 mod put;
 mod reach;
+mod restore;
 mod stream;
 mod view;
 mod wait;
+mod work_dir;
 mod written;
 
 pub use cli::Cli;
@@ -32,14 +36,14 @@ use clap::Parser;
 
 use cli::Command;
 use exit::Failure;
+use migrate::hand_over::HandOver;
 use print::Output;
 
-/// Runs the command that the arguments ask for.
+/// Runs the command that is asked for.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(run(cli)),
+        Ok(runtime) => runtime.block_on(asked()),
         Err(error) => Err(Failure::failed(format!("the event loop cannot be set up: {error}"))),
     };
     match outcome {
@@ -48,6 +52,14 @@ pub fn main() -> ExitCode {
             failure.report();
             failure.exit.into()
         }
+    }
+}
+
+/// What CRIU asks, whose action script this is, or else what the arguments do.
+async fn asked() -> Result<(), Failure> {
+    match HandOver::asked() {
+        Some(hand_over) => hand_over?.run().await,
+        None => run(Cli::parse()).await,
     }
 }
 
@@ -63,6 +75,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Extract(extract) => extract::run(&daemon, output, &extract).await,
         Command::View(view) => view::run(&daemon, output, &view).await,
         Command::Push(push) => push::run(&daemon, output, &push).await,
+        Command::Migrate(args) => migrate::run(&daemon, output, &args).await,
+        Command::Restore(args) => restore::run(&daemon, output, &args).await,
         Command::Put(put) => put::run(&daemon, output, &put),
         Command::Get(get) => get::run(&daemon, output, &get),
         Command::Finish(finish) => finish::run(&daemon, output, &finish),

@@ -12,16 +12,21 @@ use crate::control::model::{Snapshot, SnapshotState};
 
 /// Waits and prints what came.
 pub(super) async fn run(daemon: &Daemon, output: Output, wait: &Wait) -> Result<(), Failure> {
+    let done = until(daemon, wait).await?;
+    output.print(&done, || line(&done))
+}
+
+/// Waits for as long as it may.
+pub(super) async fn until(daemon: &Daemon, wait: &Wait) -> Result<Snapshot, Failure> {
     let mut last = None;
     let waited = follow(daemon, wait, &mut last);
-    let done = match wait.timeout {
-        None => waited.await?,
+    match wait.timeout {
+        None => waited.await,
         Some(limit) => match timeout_at(Instant::now() + limit, waited).await {
-            Ok(outcome) => outcome?,
-            Err(_) => return Err(timed_out(wait, last.as_ref())),
+            Ok(outcome) => outcome,
+            Err(_) => Err(timed_out(wait, last.as_ref())),
         },
-    };
-    output.print(&done, || line(&done))
+    }
 }
 
 /// Follows a snapshot to the state that is waited for, and leaves in `last` how far it came.

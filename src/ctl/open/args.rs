@@ -17,7 +17,7 @@ no right to the directory. It prints the criu commands to use.
 
 With --pages memory goes in rounds, criu pre-dumps with --page-server, each into a directory of its own: \
 what was written to since the round before. The images of the last one, which is a criu dump, are then \
-pushed.";
+pushed. migrate does all of it.";
 
 /// `open`
 #[derive(Debug, Args)]

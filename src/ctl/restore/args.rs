@@ -1,0 +1,56 @@
+//! `restore`: its command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::ctl::cli::duration;
+
+/// What follows the options in the help and the man page.
+pub(in crate::ctl) const HELP: &str = "\
+Example, on the destination host, before or after the dump:
+  criu-imagectl restore web -- --tcp-established
+or by systemd, which runs the same:
+  systemctl start criu-image-restore@web
+
+It waits until the snapshot is whole, then criu restores the process in the background and ends. The \
+snapshot is taken then. If that fails, CRIU's errors are told, and the snapshot may be restored once more \
+with --again.";
+
+/// `restore`
+#[derive(Debug, Args)]
+pub(in crate::ctl) struct Restore {
+    /// Restore a snapshot once more that was taken already: the restore failed
+    #[arg(long)]
+    pub(in crate::ctl) again: bool,
+
+    /// Give up if the snapshot is not whole after this time, as in 30, 1.5s, 500ms, 10min, 2h
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(in crate::ctl) timeout: Option<Duration>,
+
+    /// Write the pid of the restored process to FILE
+    #[arg(long, value_name = "FILE")]
+    pub(in crate::ctl) pidfile: Option<PathBuf>,
+
+    /// The criu to run
+    #[arg(long, value_name = "PATH", default_value = "criu")]
+    pub(in crate::ctl) criu: PathBuf,
+
+    /// Where the work directory for CRIU's socket and logs is made; by default /run/criu-image, or
+    /// the user's runtime directory
+    #[arg(long, value_name = "DIR")]
+    pub(in crate::ctl) work_dir: Option<PathBuf>,
+
+    /// Keep the work directory; otherwise it is removed, also after a failure
+    #[arg(long)]
+    pub(in crate::ctl) keep: bool,
+
+    /// The snapshot's id
+    pub(in crate::ctl) snapshot: String,
+
+    /// Options for criu restore, after --
+    #[arg(last = true, value_name = "CRIU-OPTION")]
+    pub(in crate::ctl) options: Vec<OsString>,
+}
