@@ -14,5 +14,6 @@ mod bed;
 mod dirtier;
 
 mod phaul;
+mod migrate;
 mod relay;
 mod rounds;
