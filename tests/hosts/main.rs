@@ -15,5 +15,6 @@ mod directories;
 mod failures;
 mod limits;
 mod migration;
+mod one_command;
 mod page_server;
 mod service;
