@@ -42,7 +42,7 @@ fn a_process_migrates_and_is_restored_by_a_unit_which_it_outlives() {
 }
 
 #[test]
-fn a_restore_by_a_unit_that_fails_tells_it_and_may_be_stopped_while_it_waits() {
+fn a_restore_that_is_stopped_while_it_waits_may_be_started_again() {
     let bed = Bed::up();
     bed.ok(Host::B, &["systemctl", "start", "--no-block", UNIT]);
     wait_until("the restore waits", || unit(&bed, "ActiveState") == "activating");
@@ -51,4 +51,13 @@ fn a_restore_by_a_unit_that_fails_tells_it_and_may_be_stopped_while_it_waits() {
     assert_eq!(left, "");
     let journal = bed.ok(Host::B, &["journalctl", "-u", UNIT, "-o", "cat"]);
     assert!(journal.contains("interrupted before snapshot web was whole"), "{journal}");
+
+    // It may be started again, also by another command.
+    bed.ok(Host::B, &["systemctl", "start", "--no-block", UNIT]);
+    wait_until("the restore waits", || unit(&bed, "ActiveState") == "activating");
+    let pid = bed.workload(Host::A, "job", 8);
+    bed.ctl(Host::A, &["migrate", "-t", &pid, "--snapshot", "web", "--max-downtime", "1min"]);
+    wait_until("the restore ends", || unit(&bed, "ActiveState") != "activating");
+    assert_eq!(unit(&bed, "Result"), "success");
+    assert_eq!(bed.ask(Host::B, "job", &pid).pid.to_string(), pid);
 }
