@@ -62,17 +62,17 @@ fn summary(ran: &Ran) -> Value {
 #[test]
 fn a_process_that_dirties_a_twentieth_of_its_memory_a_second_reaches_the_goal() {
     let bed = Bed::start("/tmp/migrate-goal");
-    let mut process = Dirtier::start(guest(), "/tmp/migrate-goal-process", 256, 0);
+    let mut process = Dirtier::start(guest(), "/tmp/migrate-goal-process", 512, 0);
     process.tell("a", "churn 5");
     let pid = process.pid("a");
     // All of it at once takes longer than that by far, where everything is emulated.
-    let ran = bed.migrate(pid, "web", "--max-downtime 1s");
+    let ran = bed.migrate(pid, "web", "--max-downtime 2s");
     assert_eq!(ran.status, 0, "{ran:?}");
     let summary = summary(&ran);
     assert_eq!((&summary["outcome"], &summary["snapshot"]), (&"migrated".into(), &"web".into()));
     assert!(!summary["rounds"].as_array().unwrap().is_empty(), "{summary}");
     let frozen = summary["dump"]["frozen_ms"].as_u64().unwrap();
-    assert!(frozen <= 1000, "{summary}");
+    assert!(frozen <= 2000, "{summary}");
     let last = summary["dump"]["bytes"].as_u64().unwrap();
     assert!(last < 128 << 20, "{summary}");
     assert!(!process.lives("a"));

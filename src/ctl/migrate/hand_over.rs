@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::Client;
 use crate::ctl::cli::{Daemon, Push};
+use crate::ctl::criu::Run;
 use crate::ctl::exit::{Exit, Failure};
 use crate::ctl::print::Output;
 use crate::ctl::push;
@@ -23,6 +25,8 @@ const VARIABLE: &str = "CRIU_IMAGECTL_HAND_OVER";
 const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 /// When the images are written and the process is still frozen.
 const POST_DUMP: &str = "post-dump";
+/// No action of CRIU's: all is done that can be done before.
+const REHEARSAL: &str = "rehearsal";
 /// A file in the work directory: the process is to stay here.
 const CALLED_OFF: &str = "called-off";
 
@@ -64,10 +68,25 @@ impl HandOver {
         (VARIABLE, serde_json::to_string(self).unwrap_or_default().into())
     }
 
+    /// This program, as CRIU will run it, with nothing to hand over.
+    pub(super) fn rehearsal(&self, this_program: &Path) -> Run {
+        Run {
+            program: this_program.to_owned(),
+            what: "the hand-over".to_owned(),
+            arguments: Vec::new(),
+            environment: vec![self.to_environment(), (ACTION, REHEARSAL.into())],
+        }
+    }
+
     /// Pushes the images and waits until the cache has acknowledged the whole snapshot.
     pub(in crate::ctl) async fn run(self) -> Result<(), Failure> {
-        if env::var_os(ACTION).is_none_or(|action| action != POST_DUMP) {
-            return Ok(());
+        match env::var_os(ACTION) {
+            Some(action) if action == POST_DUMP => {}
+            Some(action) if action == REHEARSAL => {
+                Client::connect(&self.socket).await?.status().await?;
+                return Ok(());
+            }
+            _ => return Ok(()),
         }
         if self.called_off().exists() {
             return Err(Failure::new(Exit::Interrupted, "the migration was called off"));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::param::page_size;
 
 use super::args::Migrate;
+use super::beforehand::{rehearse, tracking};
 use super::commands::Commands;
 use super::hand_over::HandOver;
 use super::plan::{Dirty, Forecast, Hopeless, Plan, Round, Step};
@@ -34,6 +35,8 @@ pub(super) struct Migration<'a> {
     begun: Instant,
     /// How long criu takes to start; `None` if the kernel cannot tell which pages were written to.
     tracking: Option<Duration>,
+    /// How long it takes to begin with handing over.
+    handing_over: Duration,
     rounds: Vec<Round>,
     told: Vec<RoundTold>,
     /// When the process went on after the last round.
@@ -55,6 +58,7 @@ impl<'a> Migration<'a> {
         // CRIU runs its scripts in another directory.
         let proxy = std::path::absolute(client.path())
             .map_err(|error| Failure::failed(format!("{}: {error}", client.path().display())))?;
+        let handing_over = rehearse(&proxy, &id, work_dir.path(), interrupts).await?;
         let failed = |error: io::Error| Failure::failed(format!("no page server: {error}"));
         let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(failed)?;
         let page_server = listener.local_addr().map_err(failed)?;
@@ -67,6 +71,7 @@ impl<'a> Migration<'a> {
             page_server,
             begun,
             tracking,
+            handing_over,
             rounds: Vec::new(),
             told: Vec::new(),
             thawed: None,
@@ -125,7 +130,8 @@ impl<'a> Migration<'a> {
             Err(_) => Dirty::guessed(bytes, gathered, within),
         };
         let (stopped, sending) = (stats.stopped(), stats.memory_write);
-        self.rounds.push(Round { bytes, took, starting, stopped, sending, dirty });
+        let handing_over = self.handing_over;
+        self.rounds.push(Round { bytes, took, starting, handing_over, stopped, sending, dirty });
         self.thawed = Some(thawed);
         Ok(())
     }
@@ -252,34 +258,6 @@ impl<'a> Migration<'a> {
             milliseconds: ms(self.begun.elapsed()),
         }
     }
-}
-
-/// Asks CRIU whether the kernel tells which pages were written to, and takes the time: most of it is
-/// what CRIU takes to start.
-async fn tracking(
-    args: &Migrate,
-    work_dir: &Path,
-    interrupts: &mut Interrupts,
-) -> Result<Option<Duration>, Failure> {
-    if args.max_rounds == 0 {
-        return Ok(None);
-    }
-    let commands = Commands { args, work_dir, page_server: None, rounds: 0 };
-    let check = commands.check();
-    let mut begun = Instant::now();
-    // The first run may take longer: it looks at the kernel and writes down what it found.
-    for _ in 0..2 {
-        begun = Instant::now();
-        if !interrupts.during(check.succeeds()).await?? {
-            let _ = writeln!(
-                io::stderr(),
-                "this kernel does not tell which pages are written to (criu check --feature \
-                 mem_dirty_track): there are no rounds, only the final dump"
-            );
-            return Ok(None);
-        }
-    }
-    Ok(Some(begun.elapsed()))
 }
 
 fn stats(dir: &Path) -> Result<DumpStats, Failure> {

@@ -5,6 +5,7 @@
 //! cache's acknowledgement of the whole snapshot, and not before.
 
 pub(super) mod args;
+mod beforehand;
 mod commands;
 pub(super) mod hand_over;
 mod memory;
