@@ -17,7 +17,7 @@ use super::{migrate, open, restore};
     long_about = "criu-imagectl asks criu-image-proxy (on the source host) and criu-image-cache (on \
 the destination host) over their control sockets.\n\n\
 Without --proxy, --cache or --socket it asks the daemon whose socket exists here. Where both run, \
-status and list show both, and push, extract, put and get know which one they need.\n\n\
+status and list show both, and push, extract, put, get, migrate and restore know which one they need.\n\n\
 Examples:\n  \
 criu-imagectl status\n  \
 criu-imagectl --cache list\n  \
