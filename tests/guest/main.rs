@@ -13,7 +13,7 @@
 mod bed;
 mod dirtier;
 
-mod phaul;
 mod migrate;
+mod phaul;
 mod relay;
 mod rounds;

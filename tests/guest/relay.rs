@@ -1,11 +1,13 @@
 //! The daemons in the guest.
 
+use serde_json::Value;
+
 use crate::bed::{CRIUS, Guest, guest};
 use crate::dirtier::Dirtier;
 
 /// A proxy and a cache that serve, until this is dropped. Their work-dirs are `proxy` and `cache` in `dir`.
 pub(crate) struct Relay<'a> {
-    guest: &'a Guest,
+    pub(crate) guest: &'a Guest,
     pub(crate) dir: &'static str,
 }
 
@@ -27,6 +29,21 @@ impl<'a> Relay<'a> {
             ));
         }
         relay
+    }
+
+    /// Asks the proxy or the cache for something; it has to succeed. Returns what it said, as JSON.
+    #[track_caller]
+    pub(crate) fn ctl(&self, daemon: &str, command: &str) -> Value {
+        let Relay { guest, dir } = *self;
+        let ctl = format!("criu-imagectl --json --socket {dir}/{daemon}/control.sock {command}");
+        serde_json::from_str(&guest.ok(&ctl)).unwrap()
+    }
+
+    /// The state of a snapshot, as the proxy or the cache says it.
+    #[track_caller]
+    pub(crate) fn state(&self, daemon: &str, id: &str) -> String {
+        let shown = self.ctl(daemon, &format!("show {id}"));
+        shown["snapshot"]["state"].as_str().unwrap().to_owned()
     }
 }
 

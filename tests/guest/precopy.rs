@@ -1,0 +1,213 @@
+//! Pre-dumps through the proxy and the cache: only what changed goes over the link, and what is restored is all of it.
+
+use crate::bed::{CRIUS, Guest, guest, wait_until};
+use crate::dirtier::Dirtier;
+use crate::relay::Relay;
+
+const PAGE: u64 = 4096;
+
+/// What may go over the link besides the pages of a round: `3 %` of them, and so much.
+const OVERHEAD: u64 = 64 << 10;
+
+/// What the processes dirty by themselves between two rounds is less than so many pages.
+const NOISE: u64 = 100;
+
+/// The rounds of one snapshot, each sent to the page server that the proxy is for it.
+struct Rounds<'a> {
+    relay: &'a Relay<'a>,
+    criu: &'static str,
+    id: String,
+    dir: String,
+    port: u64,
+    done: u32,
+}
+
+/// What a round cost.
+struct Sent {
+    /// Pages that CRIU says it sent.
+    pages: u64,
+    /// Bytes that the link carried towards the cache.
+    link: u64,
+}
+
+impl<'a> Rounds<'a> {
+    /// A page server for a snapshot. Its directory is called as it is.
+    #[track_caller]
+    fn open(relay: &'a Relay<'a>, criu: &'static str, id: &str) -> Rounds<'a> {
+        let dir = format!("{}/{id}", relay.dir);
+        relay.guest.ok(&format!("rm -rf {dir}; mkdir -p {dir}"));
+        let opened = relay.ctl("proxy", &format!("open {dir} --pages"));
+        let port = opened["port"].as_u64().unwrap();
+        Rounds { relay, criu, id: id.to_owned(), dir, port, done: 0 }
+    }
+
+    fn guest(&self) -> &'a Guest {
+        self.relay.guest
+    }
+
+    /// A pre-dump or the dump.
+    #[track_caller]
+    fn round(&mut self, action: &str, pid: u64) -> Sent {
+        let (now, before) = (self.done + 1, self.link_bytes());
+        let parent = if self.done == 0 { String::new() } else { self.parent(self.done) };
+        let options = format!("{parent} {} -t {pid} --track-mem", self.page_server());
+        self.guest().criu(self.criu, action, &self.images(now), &options);
+        self.done = now;
+        Sent { pages: self.pages_written(), link: self.link_bytes() - before }
+    }
+
+    fn parent(&self, round: u32) -> String {
+        format!("--prev-images-dir ../{round}")
+    }
+
+    fn images(&self, round: u32) -> String {
+        format!("{}/{round}", self.dir)
+    }
+
+    fn page_server(&self) -> String {
+        format!("--page-server --address 127.0.0.1 --port {}", self.port)
+    }
+
+    /// Sends the images of the last round, which join the pages.
+    #[track_caller]
+    fn push(&self) {
+        let push = format!("push --snapshot {} {}", self.id, self.images(self.done));
+        self.relay.ctl("proxy", &push);
+    }
+
+    /// Restores through the stream.
+    #[track_caller]
+    fn restore(&self) {
+        let dir = format!("{}/stream", self.dir);
+        self.guest().ok(&format!("mkdir -p {dir}"));
+        self.relay.ctl("cache", &format!("open --snapshot {} {dir}", self.id));
+        self.guest().criu(self.criu, "restore", &dir, "--stream --restore-detached");
+    }
+
+    /// Restores from a directory of files and links.
+    #[track_caller]
+    fn restore_view(&self) {
+        let dir = format!("{}/view", self.dir);
+        self.relay.ctl("cache", &format!("view --snapshot {} {dir}", self.id));
+        self.guest().criu(self.criu, "restore", &dir, "--restore-detached");
+    }
+
+    /// What CRIU says that it wrote in the last round.
+    #[track_caller]
+    fn pages_written(&self) -> u64 {
+        let stats = format!("{}/stats-dump", self.images(self.done));
+        let told = self.guest().ok(&format!("crit decode -i {stats}"));
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        let dump = &told["entries"][0]["dump"];
+        let count = |name: &str| dump[name].as_u64().unwrap_or(0);
+        count("pages_written") + count("shpages_written")
+    }
+
+    /// What the proxy has sent on the link that is up, as the kernel counts it.
+    #[track_caller]
+    fn link_bytes(&self) -> u64 {
+        let told = self.guest().ok("ss -tniHO state established dport = :9996");
+        let sent = told.split_whitespace().find_map(|word| word.strip_prefix("bytes_sent:"));
+        sent.map_or(0, |sent| sent.parse().unwrap())
+    }
+}
+
+impl Drop for Rounds<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.guest().run(&format!("rm -rf {}", self.dir));
+            self.relay.ctl("cache", &format!("drop {}", self.id));
+        }
+    }
+}
+
+impl Sent {
+    #[track_caller]
+    fn assert_is(&self, expected: u64, noise: u64) {
+        let Sent { pages, link } = *self;
+        assert!((expected..expected + noise).contains(&pages), "{pages}, not {expected}");
+        let limit = pages * PAGE * 103 / 100 + OVERHEAD;
+        assert!((pages * PAGE..=limit).contains(&link), "{pages} pages, {link} bytes on the link");
+        println!("{pages} pages, {link} bytes on the link");
+    }
+}
+
+#[test]
+fn only_what_changed_goes_over_the_link() {
+    const MIB: u32 = 256;
+    let all = u64::from(MIB) * (1 << 20) / PAGE;
+    let relay = Relay::start(guest(), "/tmp/precopy");
+    for pre_dumps in 1..=5 {
+        let criu = CRIUS[pre_dumps % 2];
+        let mut process = Dirtier::start(guest(), "/tmp/precopy-process", MIB, 0);
+        process.tell("a", "dirty 1 1");
+        let pid = process.pid("a");
+        let mut rounds = Rounds::open(&relay, criu, &format!("web-{pre_dumps}"));
+        rounds.round("pre-dump", pid).assert_is(all, 1000);
+        for round in 2..=pre_dumps as u64 {
+            let step = 5 * round;
+            process.tell("a", &format!("dirty {round} {step}"));
+            rounds.round("pre-dump", pid).assert_is(all.div_ceil(step), NOISE);
+        }
+        process.tell("a", "dirty 9 50");
+        rounds.round("dump", pid).assert_is(all.div_ceil(50), NOISE);
+        assert!(!process.lives("a"));
+        assert_eq!(relay.state("cache", &rounds.id), "paged");
+        rounds.push();
+        // What is restored twice has to find what it was told in its place twice.
+        guest().ok("cp -a /tmp/precopy-process /tmp/precopy-told");
+        rounds.restore();
+        process.check("a");
+        guest().ok(&format!("kill -KILL {pid}"));
+        wait_until("it is gone", || !process.lives("a"));
+        guest().ok("cp -a /tmp/precopy-told/. /tmp/precopy-process && rm -r /tmp/precopy-told");
+        rounds.restore_view();
+        process.check("a");
+    }
+}
+
+#[test]
+fn a_tree_that_forks_remaps_and_loses_a_process_comes_through() {
+    let relay = Relay::start(guest(), "/tmp/precopy-tree");
+    for criu in CRIUS {
+        let mut tree = Dirtier::start(guest(), "/tmp/precopy-processes", 8, 8);
+        tree.tell("a", "fork b");
+        tree.tell("b", "dirty 1 5");
+        tree.tell("b", "share 1 5");
+        let pid = tree.pid("a");
+        let mut rounds = Rounds::open(&relay, criu, "tree");
+        rounds.round("pre-dump", pid);
+        tree.tell("a", "fork c");
+        tree.tell("c", "dirty 2 3");
+        tree.tell("a", "move 500 100");
+        tree.tell("b", "unmap 700 200");
+        tree.tell("c", "share 2 11");
+        rounds.round("pre-dump", pid);
+        tree.tell("b", "exit");
+        tree.tell("a", "dirty 3 50");
+        rounds.round("dump", pid);
+        rounds.push();
+        rounds.restore();
+        assert!(!tree.lives("b"));
+        tree.check("a");
+        tree.check("c");
+        tree.tell("c", "share 3 2");
+        tree.check("a");
+    }
+}
+
+#[test]
+fn a_dump_streams_its_images_and_sends_its_pages() {
+    let relay = Relay::start(guest(), "/tmp/precopy-stream");
+    for criu in CRIUS {
+        let mut process = Dirtier::start(guest(), "/tmp/precopy-streamed", 16, 4);
+        process.tell("a", "dirty 1 3");
+        let pid = process.pid("a");
+        let rounds = Rounds::open(&relay, criu, "streamed");
+        let options = format!("--stream -W /tmp {} -t {pid}", rounds.page_server());
+        rounds.guest().criu(criu, "dump", &rounds.dir, &options);
+        assert!(!process.lives("a"));
+        rounds.restore();
+        process.check("a");
+    }
+}
