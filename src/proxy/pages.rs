@@ -143,7 +143,7 @@ impl Client<'_> {
             }
         };
         let started = Instant::now();
-        record.begin_round();
+        let before = record.begin_round();
         let mut round = None;
         let ended = tokio::select! {
             ended = self.run(first, &mut round) => ended,
@@ -153,7 +153,10 @@ impl Client<'_> {
         if let (Some(reason), Some(round)) = (&reason, &round) {
             round.abort(reason).await;
         }
-        record.end_round(reason);
+        match &round {
+            Some(round) if round.is_empty() && ended.is_ok() => record.leave_round(before),
+            _ => record.end_round(reason),
+        }
         let (_, bytes) = round.map_or((0, 0), |round| round.counts());
         self.tell(bytes, started, ended.as_ref().err());
         // CRIU waits for it, and fails without.
@@ -165,7 +168,9 @@ impl Client<'_> {
     async fn run(&mut self, first: Command, slot: &mut Option<Round>) -> Result<bool, Failure> {
         let connect = self.proxy.links.connect(&self.target.cache, &self.settings);
         let connection = connect.await.map_err(Failure::Lost)?;
-        let (id, parent) = (&self.target.id, self.target.parent.as_deref());
+        let id = &self.target.id;
+        let own = self.target.record.has_pages().then_some(id.as_str());
+        let parent = own.or(self.target.parent.as_deref());
         let limit = self.settings.link.ack_timeout;
         let round = slot.insert(Round::begin(&connection, id, parent, limit).await?);
         let lost = round.lost();

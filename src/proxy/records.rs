@@ -39,6 +39,7 @@ pub struct Record {
     images: RefCell<BTreeMap<String, Image>>,
     /// Whether images are coming; rounds of pages change no state then.
     dumping: Cell<bool>,
+    paged: Cell<bool>,
     stop: watch::Sender<Option<String>>,
     whole: Notify,
 }
@@ -73,6 +74,7 @@ impl Records {
             info: RefCell::new(info),
             images: RefCell::default(),
             dumping: Cell::new(state == SnapshotState::Receiving),
+            paged: Cell::new(false),
             stop: watch::Sender::new(None),
             whole: Notify::new(),
         });
@@ -169,16 +171,24 @@ impl Record {
         self.dumping.set(true);
     }
 
-    /// A round of its pages has come.
-    pub fn begin_round(&self) {
+    /// A round of its pages has come. Returns the state that it was in.
+    pub fn begin_round(&self) -> SnapshotState {
+        let before = self.state();
         let dumping = self.dumping.get();
-        let state = if dumping { self.state() } else { SnapshotState::Receiving };
+        let state = if dumping { before } else { SnapshotState::Receiving };
         let mut info = self.info.borrow_mut();
         *info = Snapshot { state, reason: String::new(), ..info.clone() };
+        before
+    }
+
+    /// The round had nothing in it.
+    pub fn leave_round(&self, before: SnapshotState) {
+        self.info.borrow_mut().state = before;
     }
 
     /// The round has ended: the cache holds its pages, or it failed and why.
     pub fn end_round(&self, failure: Option<String>) {
+        self.paged.set(self.paged.get() || failure.is_none());
         if self.dumping.get() {
             return;
         }
@@ -186,6 +196,11 @@ impl Record {
         info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Paged };
         info.reason = failure.unwrap_or_default();
         info.ended_ms = now_ms();
+    }
+
+    /// Whether a round has come since this was listed: the next one goes on from it.
+    pub fn has_pages(&self) -> bool {
+        self.paged.get()
     }
 
     /// An image begins, or goes on.

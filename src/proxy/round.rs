@@ -25,7 +25,7 @@ pub(super) struct Round {
 }
 
 impl Round {
-    /// Begins a round. It is based on the one before it of the same snapshot, or on `parent`.
+    /// Begins a round. It is based on the pages of `parent`, which may be the snapshot itself.
     pub(super) async fn begin(
         connection: &Rc<Connection>,
         id: &str,

@@ -1,7 +1,7 @@
 //! Rounds of a snapshot's pages: they come one after the other, each as a whole or not at all.
 //!
-//! A round is based on the one before it of the same snapshot, or on the pages of the snapshot that was
-//! named as its parent. After one that failed there is nothing to be based on: CRIU has reset the kernel's
+//! A round is based on the pages of the snapshot that is named as its parent: the snapshot itself, whose
+//! rounds before it goes on from, or another. After one that failed there is nothing to be based on: CRIU has reset the kernel's
 //! notes of what changed, whether or not its pages came.
 
 use std::net::IpAddr;
@@ -31,13 +31,13 @@ impl ComingRound {
     }
 }
 
-/// What a snapshot's next round is based on.
+/// What a snapshot's next round can be based on.
 enum Base {
-    /// Nothing has come of the snapshot: on the parent that is named.
-    Named,
+    /// On the parent that is named, if that is another.
+    Other,
     /// A round has failed: on nothing.
     Nothing,
-    /// The rounds before.
+    /// On the rounds before as well.
     Own(Flat<Space>),
 }
 
@@ -51,13 +51,12 @@ impl Store {
         parent: Option<&str>,
     ) -> Result<(ComingRound, Vec<Space>), Refused> {
         let known = self.find(id, |known| known.next_round(sender)).transpose()?;
-        let (parent, flat) = match known.unwrap_or(Base::Named) {
-            Base::Own(flat) => (None, Some(flat)),
-            Base::Nothing => (None, None),
-            Base::Named => match parent {
-                Some(parent) => (self.key_of(parent), Some(self.pages_of(parent, sender.host)?)),
-                None => (None, None),
-            },
+        let (parent, flat) = match (known.unwrap_or(Base::Other), parent) {
+            (Base::Own(flat), Some(parent)) if parent == id => (None, Some(flat)),
+            (Base::Own(_) | Base::Other, Some(parent)) if parent != id => {
+                (self.key_of(parent), Some(self.pages_of(parent, sender.host)?))
+            }
+            _ => (None, None),
         };
         let key = match self.key_of(id) {
             Some(key) => key,
@@ -151,12 +150,12 @@ impl Snapshot {
                 _ if self.pages.coming.is_some() => Err(Refused::RoundUnderWay(id())),
                 _ if self.pages.broken => Ok(Base::Nothing),
                 Some(flat) => Ok(Base::Own(flat.clone())),
-                None => Ok(Base::Named),
+                None => Ok(Base::Other),
             },
             State::Whole(_) => Err(Refused::Exists(id())),
             State::Taken(_) if self.restores > 0 => Err(Refused::InUse(id())),
             State::Damaged { .. } => Ok(Base::Nothing),
-            State::Awaited | State::Taken(_) => Ok(Base::Named),
+            State::Awaited | State::Taken(_) => Ok(Base::Other),
         }
     }
 
@@ -236,7 +235,11 @@ mod tests {
         round(&store, "web", None, b"abc").await;
         assert_eq!((state(&store, "web").as_str(), store.quota().used()), ("paged", 3 * PAGE));
 
-        let (mut second, spaces) = store.begin_round("web", &sender(), None).unwrap();
+        // One that does not go on from it begins anew.
+        let (other, spaces) = store.begin_round("web", &sender(), None).unwrap();
+        assert_eq!(spaces, []);
+        store.update(other.key, |snapshot| snapshot.pages.coming = None);
+        let (mut second, spaces) = store.begin_round("web", &sender(), Some("web")).unwrap();
         assert_eq!(spaces, [TASK]);
         let refused = store.begin_round("web", &sender(), None).unwrap_err();
         assert_eq!(refused, Refused::RoundUnderWay("web".to_owned()));
@@ -247,7 +250,7 @@ mod tests {
         assert_eq!((state(&store, "web").as_str(), store.quota().used()), ("paged", 3 * PAGE));
 
         // What came before is kept, and nothing can be based on it.
-        let (third, spaces) = store.begin_round("web", &sender(), Some("other")).unwrap();
+        let (third, spaces) = store.begin_round("web", &sender(), Some("web")).unwrap();
         assert_eq!(spaces, []);
         store.complete_round(third).unwrap();
         assert_eq!(store.quota().used(), 0);

@@ -41,8 +41,8 @@ pub struct SnapshotBegin {
     /// What comes is a round of its pages, not its images: SPACE, PAGES and PAGE_DATA.
     #[prost(bool, tag = "4")]
     pub round: bool,
-    /// The snapshot whose pages are the parent of what comes. A round of a snapshot that has pages already needs none:
-    /// those are its parent.
+    /// The snapshot whose pages are the parent of what comes. That of a round may be the snapshot itself: the round goes
+    /// on from those before it.
     #[prost(string, tag = "5")]
     pub parent: ::prost::alloc::string::String,
 }
@@ -170,7 +170,8 @@ pub struct RegionRequest {
     #[prost(uint32, tag = "5")]
     pub len: u32,
 }
-/// cache → proxy: the answer to RegionRequest; the bytes follow as this frame's payload.
+/// cache → proxy: the answer to RegionRequest; the bytes follow as this frame's payload. They may be fewer than were asked
+/// for: none, and only none, means that the image has ended.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Region {
     #[prost(uint32, tag = "1")]
@@ -197,7 +198,7 @@ pub struct Spaces {
     #[prost(uint64, repeated, tag = "3")]
     pub shmems: ::prost::alloc::vec::Vec<u64>,
 }
-/// proxy → cache: the messages that follow are about this page space. Each comes once in a round.
+/// proxy → cache: the messages that follow are about this page space.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Space {
     #[prost(uint32, tag = "1")]

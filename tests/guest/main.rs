@@ -15,5 +15,6 @@ mod dirtier;
 
 mod migrate;
 mod phaul;
+mod precopy;
 mod relay;
 mod rounds;
