@@ -41,6 +41,16 @@ impl<'a> Rounds<'a> {
         Rounds { relay, criu, id: id.to_owned(), dir, port, done: 0 }
     }
 
+    /// The migration is given up at the source, and begun again.
+    #[track_caller]
+    fn begin_anew(&mut self) {
+        self.relay.ctl("proxy", &format!("drop {}", self.id));
+        self.guest().ok(&format!("rm -r {0} && mkdir {0}", self.dir));
+        let opened = self.relay.ctl("proxy", &format!("open {} --pages", self.dir));
+        self.port = opened["port"].as_u64().unwrap();
+        self.done = 0;
+    }
+
     fn guest(&self) -> &'a Guest {
         self.relay.guest
     }
@@ -90,6 +100,29 @@ impl<'a> Rounds<'a> {
         let dir = format!("{}/view", self.dir);
         self.relay.ctl("cache", &format!("view --snapshot {} {dir}", self.id));
         self.guest().criu(self.criu, "restore", &dir, "--restore-detached");
+    }
+
+    /// Restores the small images of a view; the pages come as they are touched, from the cache's page server.
+    #[track_caller]
+    fn restore_lazily(&self) {
+        let (dir, view) = (format!("{}/lazy", self.dir), format!("{}/lazy-view", self.dir));
+        self.guest().ok(&format!("mkdir -p {dir}"));
+        self.relay.ctl("cache", &format!("view --snapshot {} {view}", self.id));
+        let opened = self.relay.ctl("cache", &format!("open --snapshot {} {dir} --pages", self.id));
+        let port = opened["port"].as_u64().unwrap();
+        let daemon = format!(
+            "{} lazy-pages -D {view} -v3 -o lazy.log --page-server --address 127.0.0.1 --port {port}",
+            self.criu
+        );
+        self.guest().start(&daemon, &format!("{dir}/log"));
+        wait_until("the lazy-pages daemon listens", || {
+            self.guest().run(&format!("test -S {view}/lazy-pages.socket")).status == 0
+        });
+        self.guest().criu(self.criu, "restore", &view, "--lazy-pages --restore-detached");
+        wait_until("the lazy-pages daemon has all it needs", || {
+            self.guest().run("pgrep -f lazy-pages").status != 0
+        });
+        self.guest().ok(&format!("! grep -E '^\\([^)]*\\) *Error' {view}/lazy.log"));
     }
 
     /// What CRIU says that it wrote in the last round.
@@ -209,5 +242,44 @@ fn a_dump_streams_its_images_and_sends_its_pages() {
         assert!(!process.lives("a"));
         rounds.restore();
         process.check("a");
+    }
+}
+
+#[test]
+fn a_migration_that_was_given_up_may_be_begun_again() {
+    let relay = Relay::start(guest(), "/tmp/precopy-again");
+    let mut process = Dirtier::start(guest(), "/tmp/precopy-given-up", 8, 0);
+    process.tell("a", "dirty 1 1");
+    let pid = process.pid("a");
+    for criu in CRIUS {
+        let mut rounds = Rounds::open(&relay, criu, "again");
+        rounds.round("pre-dump", pid);
+        // The cache still holds what came; the new round does not go on from it.
+        rounds.begin_anew();
+        rounds.round("pre-dump", pid);
+        process.tell("a", "dirty 2 3");
+        rounds.round("dump", pid);
+        rounds.push();
+        rounds.restore();
+        process.check("a");
+    }
+}
+
+#[test]
+fn a_lazy_restore_asks_the_cache_for_pages_of_all_rounds() {
+    let relay = Relay::start(guest(), "/tmp/precopy-lazy");
+    for criu in CRIUS {
+        let mut process = Dirtier::start(guest(), "/tmp/precopy-asked", 16, 0);
+        process.tell("a", "dirty 1 1");
+        let pid = process.pid("a");
+        let mut rounds = Rounds::open(&relay, criu, "lazy");
+        rounds.round("pre-dump", pid);
+        process.tell("a", "dirty 2 7");
+        rounds.round("dump", pid);
+        rounds.push();
+        rounds.restore_lazily();
+        process.check("a");
+        let log = guest().ok(&format!("cat {}/cache.log", relay.dir));
+        assert!(log.contains("asked for"), "{log}");
     }
 }
