@@ -489,6 +489,7 @@ fn a_socket_is_opened_in_a_directory() {
     assert_eq!(opened.out(), command);
     let expected = Open {
         id: "web".to_owned(),
+        parent: None,
         to: Some("hostb:1".to_owned()),
         reading: Reading::Take,
         listening: true,

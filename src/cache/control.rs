@@ -74,7 +74,7 @@ impl Backend for Control {
     }
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
-        if request.to.is_some() {
+        if request.to.is_some() || request.parent.is_some() {
             return Err(Refusal::Refused(
                 "a cache sends nothing: `to` is for the proxy".to_owned(),
             ));

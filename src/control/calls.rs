@@ -44,6 +44,8 @@ pub(super) struct OpenIn {
     pub(super) take: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) again: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) parent: Option<String>,
 }
 
 /// The parameters of `OpenPages`.

@@ -118,7 +118,23 @@ impl Client {
         let (id, to) = (id.to_owned(), to.map(str::to_owned));
         let take = Some(reading != Reading::Look);
         let again = (reading == Reading::TakeAgain).then_some(true);
-        let call = OpenIn { id, to, take, again };
+        self.call_open(OpenIn { id, to, take, again, parent: None }, socket).await
+    }
+
+    /// Hands over a socket on which images of the snapshot `id` come that have pages in the snapshot `parent`.
+    pub async fn open_child(
+        &mut self,
+        id: &str,
+        parent: &str,
+        to: Option<&str>,
+        socket: OwnedFd,
+    ) -> Result<(), ClientError> {
+        let (id, to) = (id.to_owned(), to.map(str::to_owned));
+        let parent = Some(parent.to_owned());
+        self.call_open(OpenIn { id, to, take: None, again: None, parent }, socket).await
+    }
+
+    async fn call_open(&mut self, call: OpenIn, socket: OwnedFd) -> Result<(), ClientError> {
         let _: Nothing = self.call(method::OPEN, call, vec![socket]).await?;
         Ok(())
     }

@@ -85,6 +85,8 @@ pub struct Open {
     pub id: String,
     /// Where a dump goes: the cache's `HOST` or `HOST:PORT`. `None` is the configured one.
     pub to: Option<String>,
+    /// The snapshot in which the images have pages (proxy only).
+    pub parent: Option<String>,
     /// What reading the snapshot means.
     pub reading: Reading,
     /// Whether the socket listens, for any number of CRIU runs, or is one connection.

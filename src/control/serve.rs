@@ -225,15 +225,16 @@ async fn answer(
 }
 
 fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Result<(), Failure> {
-    let OpenIn { id, to, take, again } = call;
+    let OpenIn { id, to, take, again, parent } = call;
     must_be_id(&id)?;
+    parent.as_deref().map_or(Ok(()), must_be_id)?;
     let (socket, listening) = stream_socket(descriptors, &[AddressFamily::UNIX])?;
     let reading = match (take.unwrap_or(true), again.unwrap_or(false)) {
         (false, _) => Reading::Look,
         (true, false) => Reading::Take,
         (true, true) => Reading::TakeAgain,
     };
-    let request = Open { id: id.clone(), to, reading, listening };
+    let request = Open { id: id.clone(), to, parent, reading, listening };
     backend.open(request, socket).map_err(|refusal| refused(refusal, &id))
 }
 

@@ -170,6 +170,7 @@ fn a_socket_is_handed_over() {
         client.open("db", None, Reading::Take, listener.into()).await.unwrap();
         let open = |id: &str, to: Option<&str>, reading, listening| Open {
             id: id.to_owned(),
+            parent: None,
             to: to.map(str::to_owned),
             reading,
             listening,

@@ -107,8 +107,9 @@ If anything fails, what was made is removed.")]
     #[command(after_help = "Example, on the source host:\n  \
 criu dump -t PID -D /tmp/web && criu-imagectl push /tmp/web --to hostb\n\n\
 It ends when the cache has acknowledged the snapshot. Files that are not CRIU's images (logs, \
-statistics) are left out. Of a dump with a parent (--prev-images-dir) the pages have to be at the cache \
-already: it was made with --page-server (open --pages).")]
+statistics) are left out. Of a dump with a parent (--prev-images-dir) the other pages have to be at the \
+cache already: they came with --page-server (open --pages), or in the snapshot --parent, which was pushed \
+before. What a restore gets then is as if it had been one dump.")]
     Push(Push),
 
     /// Make CRIU's stream socket in a directory of your choice, and a page server
@@ -221,6 +222,10 @@ pub(super) struct Push {
     /// The cache it goes to, instead of the configured one
     #[arg(long, value_name = "HOST[:PORT]")]
     pub(super) to: Option<String>,
+
+    /// The snapshot that the parent of an incremental dump was pushed as
+    #[arg(long, value_name = "ID")]
+    pub(super) parent: Option<String>,
 
     /// Say which files are left out
     #[arg(short, long)]

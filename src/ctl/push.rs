@@ -29,7 +29,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<
     let mut client = reach::only(daemon, Role::Proxy, "push").await?;
     let before = client.show(&id).await.ok().map(|(snapshot, _)| snapshot);
     let paged = before.as_ref().is_some_and(|before| before.state == SnapshotState::Paged);
-    let set = Set::read(&push.dir, paged)?;
+    let set = Set::read(&push.dir, paged || push.parent.is_some())?;
     if push.verbose {
         for name in &set.skipped {
             let _ = writeln!(io::stderr(), "{}: left out, no image of the stream", clean(name));
@@ -38,7 +38,11 @@ pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<
     let begun = Instant::now();
     let (session, theirs) = Session::new()
         .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
-    client.open(&id, push.to.as_deref(), Reading::Take, theirs).await?;
+    let to = push.to.as_deref();
+    match &push.parent {
+        Some(parent) => client.open_child(&id, parent, to, theirs).await?,
+        None => client.open(&id, to, Reading::Take, theirs).await?,
+    }
     let outcome = send(session, &set, &id);
     // The daemon does not keep an idle connection, and a big push takes its time.
     let mut client = Client::connect(client.path()).await?;
@@ -79,15 +83,15 @@ struct Set {
 }
 
 impl Set {
-    /// Looks what is there. A dump with a parent is no checkpoint by itself: its pages have to be at the
-    /// cache (`paged`).
-    fn read(dir: &Path, paged: bool) -> Result<Set, Failure> {
+    /// Looks what is there. A dump with a parent is no checkpoint by itself: it has to be known where the
+    /// rest of its pages are.
+    fn read(dir: &Path, known: bool) -> Result<Set, Failure> {
         let failed = |error: io::Error| Failure::failed(format!("{}: {error}", dir.display()));
-        if !paged && fs::symlink_metadata(dir.join("parent")).is_ok() {
+        if !known && fs::symlink_metadata(dir.join("parent")).is_ok() {
             let what = format!("{} has a parent: it is an incremental dump", dir.display());
             return Err(Failure::failed(what).cure(
-                "its pages have to be at the cache first (criu-imagectl open --pages), or dump without \
-                 --prev-images-dir",
+                "name the snapshot that the parent was pushed as: --parent ID. Or have the pages at the \
+                 cache first: criu-imagectl open --pages",
             ));
         }
         let (mut images, mut skipped) = (Vec::new(), Vec::new());

@@ -26,6 +26,7 @@ pub(super) enum Command {
     Begin {
         snapshot: u32,
         id: String,
+        parent: Option<String>,
         named: bool,
     },
     BeginRound {
@@ -148,8 +149,18 @@ impl Connection {
 
     /// Begins a snapshot. One that is `named` is kept for those who ask for it by its id.
     pub async fn begin(self: &Rc<Self>, id: &str, named: bool) -> Upload {
-        let id = id.to_owned();
-        self.begin_with(|snapshot| Command::Begin { snapshot, id, named }).await
+        self.begin_child(id, None, named).await
+    }
+
+    /// The same for one whose images have pages in another snapshot.
+    pub(super) async fn begin_child(
+        self: &Rc<Self>,
+        id: &str,
+        parent: Option<&str>,
+        named: bool,
+    ) -> Upload {
+        let (id, parent) = (id.to_owned(), parent.map(str::to_owned));
+        self.begin_with(|snapshot| Command::Begin { snapshot, id, parent, named }).await
     }
 
     /// Begins a round of a snapshot's pages, see [`round`](super::round).
@@ -372,7 +383,9 @@ async fn obey(
     max_chunk: usize,
 ) -> io::Result<()> {
     let message = match command {
-        Command::Begin { snapshot, id, named } => Some(sender.begin(snapshot, &id, named)),
+        Command::Begin { snapshot, id, parent, named } => {
+            Some(sender.begin_child(snapshot, &id, parent.as_deref(), named))
+        }
         Command::BeginRound { snapshot, id, parent } => {
             Some(sender.begin_round(snapshot, &id, parent.as_deref()))
         }

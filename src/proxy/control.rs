@@ -70,7 +70,8 @@ impl Backend for Control {
         let cache = proxy.cache_for(request.to.as_deref())?;
         let socket = Socket::from(request.listening, socket).map_err(unusable)?;
         let record = proxy.awaited(&request.id, &cache)?;
-        let target = Target { id: request.id, cache, record: Some(record.clone()) };
+        let Open { id, parent, .. } = request;
+        let target = Target { id, cache, parent, record: Some(record.clone()) };
         match socket {
             Socket::Connected(socket) => {
                 tokio::task::spawn_local(async move {

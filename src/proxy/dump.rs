@@ -34,6 +34,8 @@ pub struct Target {
     pub id: String,
     /// The cache, `HOST:PORT`.
     pub cache: String,
+    /// The snapshot in which its images have pages.
+    pub parent: Option<String>,
     /// Its record, if a directory was opened for it.
     pub record: Option<Rc<Record>>,
 }
@@ -42,7 +44,7 @@ impl Target {
     /// A new snapshot for a dump through the shared socket, which names none: the id says who took
     /// it, when, and which CRIU.
     pub fn fresh(host: &str, peer: Peer, cache: String) -> Target {
-        Target { id: fresh_id(host, peer.pid), cache, record: None }
+        Target { id: fresh_id(host, peer.pid), cache, parent: None, record: None }
     }
 }
 
@@ -163,7 +165,8 @@ impl Dump<'_> {
             connection = connect => connection.map_err(Failure::Lost)?,
             reason = self.record.stopped() => return Err(Failure::Stopped(reason)),
         };
-        Ok(Rc::new(connection.begin(&self.target.id, false).await))
+        let Target { id, parent, .. } = self.target;
+        Ok(Rc::new(connection.begin_child(id, parent.as_deref(), false).await))
     }
 
     /// Takes requests until CRIU closes the socket, and images until each has ended.

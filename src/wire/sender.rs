@@ -114,9 +114,20 @@ struct Outgoing {
 impl Sender {
     /// A snapshot begins. One that is `named` is kept for those who ask for it by its id.
     pub fn begin(&mut self, snapshot: u32, id: &str, named: bool) -> Message {
+        self.begin_child(snapshot, id, None, named)
+    }
+
+    /// The same for one whose images have pages in the snapshot `parent`.
+    pub fn begin_child(
+        &mut self,
+        snapshot: u32,
+        id: &str,
+        parent: Option<&str>,
+        named: bool,
+    ) -> Message {
         self.snapshots.insert(snapshot, Outgoing::default());
-        let id = id.to_owned();
-        Message::SnapshotBegin(SnapshotBegin { snapshot, id, named, ..SnapshotBegin::default() })
+        let (id, parent) = (id.to_owned(), parent.unwrap_or_default().to_owned());
+        Message::SnapshotBegin(SnapshotBegin { snapshot, id, named, round: false, parent })
     }
 
     /// A round of a snapshot's pages begins. `parent` is the snapshot whose pages they are based on, if it

@@ -283,3 +283,32 @@ fn a_lazy_restore_asks_the_cache_for_pages_of_all_rounds() {
         assert!(log.contains("asked for"), "{log}");
     }
 }
+
+#[test]
+fn incremental_dumps_into_directories_are_pushed_one_by_one() {
+    let relay = Relay::start(guest(), "/tmp/precopy-pushed");
+    for criu in CRIUS {
+        let mut process = Dirtier::start(guest(), "/tmp/precopy-directory", 16, 4);
+        process.tell("a", "dirty 1 1");
+        let pid = process.pid("a");
+        let dir = format!("{}/dir", relay.dir);
+        guest().ok(&format!("rm -rf {dir}; mkdir {dir}"));
+        let images = |round: &str| format!("{dir}/{round}");
+        guest().criu(criu, "pre-dump", &images("1"), &format!("-t {pid} --track-mem"));
+        relay.ctl("proxy", &format!("push {}", images("1")));
+        process.tell("a", "dirty 2 9");
+        let options = format!("-t {pid} --track-mem --prev-images-dir ../1");
+        guest().criu(criu, "dump", &images("2"), &options);
+        let alone =
+            format!("criu-imagectl --socket {}/proxy/control.sock push {}", relay.dir, images("2"));
+        let refused = guest().run(&alone);
+        assert!(refused.status != 0 && refused.stderr.contains("--parent"), "{refused:?}");
+        relay.ctl("proxy", &format!("push --parent 1 {}", images("2")));
+        let stream = images("stream");
+        guest().ok(&format!("mkdir {stream}"));
+        relay.ctl("cache", &format!("open --snapshot 2 {stream}"));
+        guest().criu(criu, "restore", &stream, "--stream --restore-detached");
+        process.check("a");
+        relay.ctl("cache", "drop 1 2");
+    }
+}

@@ -93,7 +93,7 @@ impl HandOver {
         }
         let daemon = Daemon { socket: Some(self.socket), ..Daemon::default() };
         let (snapshot, to, dir) = (Some(self.snapshot), self.to, self.dir);
-        let push = Push { snapshot, to, dir, verbose: false };
+        let push = Push { snapshot, to, dir, parent: None, verbose: false };
         push::run(&daemon, Output { json: false }, &push).await
     }
 }
