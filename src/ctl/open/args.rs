@@ -35,7 +35,7 @@ pub(in crate::ctl) struct Open {
     pub(in crate::ctl) again: bool,
 
     /// Open a page server, too: for rounds of pages (proxy), or for criu lazy-pages (cache); by default
-    /// on a free port of 127.0.0.1. It asks nobody who they are
+    /// on a free port of 127.0.0.1
     #[arg(
         long,
         value_name = "ADDRESS:PORT",
