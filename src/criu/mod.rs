@@ -1,6 +1,4 @@
 //! What CRIU says: one module per protocol, codecs and session state machines without sockets.
-//!
-//! Nothing is wired yet to [`page_server`], [`pagemap`] and [`pages`].
 
 pub mod capture;
 mod historical;
