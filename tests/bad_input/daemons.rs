@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -200,6 +201,18 @@ impl Daemon {
         self.proc_status("Threads:")
     }
 
+    /// How many bytes the kernel holds for its memfds.
+    pub(crate) fn memfd_bytes(&self) -> u64 {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let memfds: BTreeMap<u64, u64> = open
+            .map(|descriptor| descriptor.unwrap().path())
+            .filter(|path| fs::read_link(path).is_ok_and(|to| to.starts_with("/memfd:")))
+            .map(|path| fs::metadata(path).unwrap())
+            .map(|file| (file.ino(), file.blocks() * 512))
+            .collect();
+        memfds.values().sum()
+    }
+
     /// How many descriptors it has open.
     pub(crate) fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
@@ -287,12 +300,34 @@ impl Daemon {
         ours
     }
 
-    /// A connection on which pages of the snapshot `id` are asked for.
+    /// A connection on which pages of the snapshot `id` come, or are asked for.
     pub(crate) fn open_pages(&self, id: &str) -> UnixStream {
+        self.open_pages_of(id, None)
+    }
+
+    /// The same, for pages that are based on those of the snapshot `parent`.
+    pub(crate) fn open_pages_of(&self, id: &str, parent: Option<&str>) -> UnixStream {
+        self.try_open_pages(id, parent).unwrap()
+    }
+
+    /// The same, if the daemon will.
+    pub(crate) fn try_open_pages(
+        &self,
+        id: &str,
+        parent: Option<&str>,
+    ) -> Result<UnixStream, ClientError> {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        self.control(async |client| client.open_pages(id, None, None, theirs.into()).await)
+        self.control(async |client| client.open_pages(id, parent, None, theirs.into()).await)?;
+        Ok(ours)
+    }
+
+    /// An address on which pages of the snapshot `id` are listened for.
+    pub(crate) fn listen_for_pages(&self, id: &str) -> SocketAddr {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        self.control(async |client| client.open_pages(id, None, None, listener.into()).await)
             .unwrap();
-        ours
+        address
     }
 
     fn control<T>(
