@@ -84,10 +84,13 @@ impl Upload {
     pub(super) async fn ready(&self) -> Result<(), Failure> {
         let asked = self.asked.get();
         let mut ready = self.ready.clone();
-        if ready.wait_for(|times| *times >= asked).await.is_ok() {
-            return Ok(());
+        tokio::select! {
+            fate = self.lost() => Err(lost(fate)),
+            told = ready.wait_for(|times| *times >= asked) => match told {
+                Ok(_) => Ok(()),
+                Err(_) => Err(lost(self.fate().await)),
+            },
         }
-        Err(lost(self.fate().await))
     }
 
     /// Begins an image, or goes on at its end; the number is for the calls that follow.

@@ -19,3 +19,4 @@ mod client;
 mod model;
 
 mod memory;
+mod order;

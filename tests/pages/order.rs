@@ -1,0 +1,22 @@
+//! Connections, rounds and snapshots in the orders that CRIU and its users may come upon.
+
+use criu_image_relay::control::model::SnapshotState;
+use criu_image_relay::criu::page_server::command::Command;
+use criu_image_relay::criu::page_server::header::Dialect;
+use criu_image_relay::criu::pages::Space;
+
+use crate::bench::Bench;
+use crate::client::PageClient;
+
+const TASK: Space = Space::Task(1);
+
+#[test]
+fn a_round_that_the_cache_refuses_fails_at_once() {
+    let bench = Bench::start();
+    let socket = bench.proxy.open_pages_of("web", Some("nobody"));
+    let mut client = PageClient::on(socket, Dialect::Long);
+    client.command(Command::Open { space: TASK, answer: true }).unwrap();
+    let cause = "the cache gave it up: the parent nobody cannot be used: no such snapshot is held";
+    bench.proxy.assert_log(&["a round of snapshot web failed", cause]);
+    assert_eq!(bench.proxy.assert_state("web", SnapshotState::Damaged), cause);
+}
