@@ -88,6 +88,7 @@ pub(super) async fn serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
             reader,
             session,
             pagemap: String::new(),
+            has_closed: false,
         };
         let mut another = client.round(client.settings.sessions.stall_timeout).await;
         while another {
@@ -124,6 +125,8 @@ struct Client<'a> {
     session: Session,
     /// The image that the pages would be described by.
     pagemap: String,
+    /// Whether the client has ended the round, and waits for its status.
+    has_closed: bool,
 }
 
 impl Client<'_> {
@@ -144,6 +147,7 @@ impl Client<'_> {
         };
         let started = Instant::now();
         let before = record.begin_round();
+        self.has_closed = false;
         let mut round = None;
         let ended = tokio::select! {
             ended = self.run(first, &mut round) => ended,
@@ -159,8 +163,8 @@ impl Client<'_> {
         }
         let (_, bytes) = round.map_or((0, 0), |round| round.counts());
         self.tell(bytes, started, ended.as_ref().err());
-        // CRIU waits for it, and fails without.
-        let told = self.answer(&answer::status(ended.is_ok())).await.is_ok();
+        // CRIU fails without it. One that waits for another answer would take it for that one.
+        let told = self.has_closed && self.answer(&answer::status(ended.is_ok())).await.is_ok();
         told && matches!(ended, Ok(true))
     }
 
@@ -187,7 +191,9 @@ impl Client<'_> {
         let mut next = first;
         loop {
             let action = self.session.receive(next, |space| round.has_parent(space));
-            match action.map_err(incomplete)? {
+            let action = action.map_err(incomplete)?;
+            self.has_closed = matches!(action, Action::RoundEnds { .. });
+            match action {
                 Action::Open { space, answer } => {
                     self.pagemap = space.pagemap();
                     self.target.record.begin_image(&self.pagemap, false);

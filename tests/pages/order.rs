@@ -20,3 +20,11 @@ fn a_round_that_the_cache_refuses_fails_at_once() {
     bench.proxy.assert_log(&["a round of snapshot web failed", cause]);
     assert_eq!(bench.proxy.assert_state("web", SnapshotState::Damaged), cause);
 }
+
+#[test]
+fn a_client_that_waits_for_an_answer_hears_no_status_in_its_place() {
+    let bench = Bench::start();
+    let socket = bench.proxy.open_pages_of("web", Some("nobody"));
+    // CRIU takes whatever is not 0 for yes.
+    PageClient::on(socket, Dialect::Long).open(TASK).unwrap_err();
+}
