@@ -76,10 +76,7 @@ impl Backend for Control {
             Socket::Connected(socket) => {
                 tokio::task::spawn_local(async move {
                     serve(proxy.clone(), socket, target).await;
-                    // Nobody can come for it any more.
-                    if record.state() == SnapshotState::Awaited {
-                        proxy.records.remove(&record);
-                    }
+                    proxy.records.await_no_more(&record);
                 });
             }
             Socket::Listening(listener) => {
@@ -99,10 +96,13 @@ impl Backend for Control {
             record.state() == SnapshotState::Awaited && record.info().peer == cache
         });
         let record = beside.map_or_else(|| proxy.awaited(&id, &cache), Ok)?;
-        let target = pages::Target { id, parent, cache, record };
+        let target = pages::Target { id, parent, cache, record: record.clone() };
         match socket {
             PagesSocket::Connected(stream) => {
-                tokio::task::spawn_local(pages::serve(proxy, stream, target));
+                tokio::task::spawn_local(async move {
+                    pages::serve(proxy.clone(), stream, target).await;
+                    proxy.records.await_no_more(&record);
+                });
             }
             PagesSocket::Listening(listener) => {
                 self.0.listeners.start(pages::listen(proxy, listener, target));

@@ -107,6 +107,15 @@ impl Records {
         self.by_age.borrow_mut().retain(|_, other| !Rc::ptr_eq(other, record));
     }
 
+    /// A socket that was opened for a snapshot is gone. Forgets the snapshot if nothing has come of it, and
+    /// no other socket is open for it: there may be one for its images and one for its pages.
+    pub fn await_no_more(&self, record: &Rc<Record>) {
+        // One is listed, one is the caller's.
+        if record.state() == SnapshotState::Awaited && Rc::strong_count(record) <= 2 {
+            self.remove(record);
+        }
+    }
+
     /// Forgets the oldest of those that have ended, beyond what is kept.
     pub fn forget_old(&self) {
         let mut records = self.by_age.borrow_mut();

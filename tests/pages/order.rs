@@ -7,6 +7,8 @@ use criu_image_relay::criu::pages::Space;
 
 use crate::bench::Bench;
 use crate::client::PageClient;
+use crate::criu::{Criu, RECORDS};
+use crate::daemons::eventually;
 
 const TASK: Space = Space::Task(1);
 
@@ -27,4 +29,21 @@ fn a_client_that_waits_for_an_answer_hears_no_status_in_its_place() {
     let socket = bench.proxy.open_pages_of("web", Some("nobody"));
     // CRIU takes whatever is not 0 for yes.
     PageClient::on(socket, Dialect::Long).open(TASK).unwrap_err();
+}
+
+#[test]
+fn a_connection_that_brings_nothing_leaves_its_snapshot_to_another() {
+    let bench = Bench::start();
+    let mut dump = Criu::in_dir_of("web", &bench.proxy);
+    drop(bench.proxy.open_pages("web"));
+    // The directory is still open.
+    assert!(eventually(|| bench.proxy.sessions() == 1));
+    dump.write("core-7.img", RECORDS);
+    dump.complete();
+    bench.cache.assert_state("web", SnapshotState::Whole);
+
+    drop(bench.proxy.open_pages("db"));
+    assert!(eventually(|| bench.proxy.show("db").is_none()));
+    bench.join("db");
+    bench.cache.assert_state("db", SnapshotState::Whole);
 }
