@@ -51,9 +51,7 @@ pub(super) async fn serve_shared(proxy: Rc<Proxy>, stream: Stream) {
     let Some(record) = proxy.records.add(&id, &cache, SnapshotState::Awaited) else { return };
     let target = Target { id, parent: None, cache, record: record.clone() };
     admit_and_serve(proxy.clone(), stream, target).await;
-    if record.state() == SnapshotState::Awaited {
-        proxy.records.remove(&record);
-    }
+    proxy.records.await_no_more(&record);
 }
 
 /// Serves one connection of a socket that anybody may find, if its client may connect.
