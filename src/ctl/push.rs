@@ -17,6 +17,7 @@ use crate::control::model::{Role, Snapshot, SnapshotState};
 use crate::control::{Client, ClientError, Reading};
 use crate::criu::images::INVENTORY;
 use crate::criu::names::check_name;
+use crate::criu::pages::Space;
 use crate::sys::unix::is_close;
 
 /// How long the proxy has to tell what became of a session.
@@ -28,8 +29,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<
     let id = reach::snapshot_id(push.snapshot.as_deref(), &push.dir)?;
     let mut client = reach::only(daemon, Role::Proxy, "push").await?;
     let before = client.show(&id).await.ok().map(|(snapshot, _)| snapshot);
-    let paged = before.as_ref().is_some_and(|before| before.state == SnapshotState::Paged);
-    let set = Set::read(&push.dir, paged || push.parent.is_some())?;
+    let set = Set::read(&push.dir, push.parent.is_some())?;
     if push.verbose {
         for name in &set.skipped {
             let _ = writeln!(io::stderr(), "{}: left out, no image of the stream", clean(name));
@@ -83,17 +83,10 @@ struct Set {
 }
 
 impl Set {
-    /// Looks what is there. A dump with a parent is no checkpoint by itself: it has to be known where the
-    /// rest of its pages are.
-    fn read(dir: &Path, known: bool) -> Result<Set, Failure> {
+    /// Looks what is there. A dump with a parent is no checkpoint by itself. Its pages came over the page
+    /// server, which the cache knows, or some of them are here: then it has to be known where the rest is.
+    fn read(dir: &Path, parent_is_known: bool) -> Result<Set, Failure> {
         let failed = |error: io::Error| Failure::failed(format!("{}: {error}", dir.display()));
-        if !known && fs::symlink_metadata(dir.join("parent")).is_ok() {
-            let what = format!("{} has a parent: it is an incremental dump", dir.display());
-            return Err(Failure::failed(what).cure(
-                "name the snapshot that the parent was pushed as: --parent ID. Or have the pages at the \
-                 cache first: criu-imagectl open --pages",
-            ));
-        }
         let (mut images, mut skipped) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(dir).map_err(failed)? {
             let entry = entry.map_err(failed)?;
@@ -115,6 +108,13 @@ impl Set {
         if !images.iter().any(|(name, _)| name == INVENTORY) {
             let what = format!("{} has no {INVENTORY}: it is no checkpoint", dir.display());
             return Err(Failure::failed(what).cure("give the directory that criu dump -D wrote to"));
+        }
+        let has_pages = images.iter().any(|(name, _)| Space::of_pagemap(name).is_some());
+        let has_parent = fs::symlink_metadata(dir.join("parent")).is_ok();
+        if has_pages && has_parent && !parent_is_known {
+            let what = format!("{} has a parent: it is an incremental dump", dir.display());
+            return Err(Failure::failed(what)
+                .cure("name the snapshot that the parent was pushed as: --parent ID"));
         }
         images.sort_by(|(a, _), (b, _)| (a == INVENTORY, a).cmp(&(b == INVENTORY, b)));
         skipped.sort();
@@ -265,6 +265,8 @@ mod tests {
         assert!(Set::read(dir.path(), false).unwrap_err().to_string().contains("no inventory.img"));
         let dir = directory(&["inventory.img"]);
         std::os::unix::fs::symlink("../1", dir.path().join("parent")).unwrap();
+        assert!(Set::read(dir.path(), false).is_ok(), "its pages came over the page server");
+        fs::write(dir.path().join("pagemap-7.img"), "").unwrap();
         assert!(Set::read(dir.path(), false).unwrap_err().to_string().contains("incremental"));
         assert!(Set::read(dir.path(), true).is_ok());
         assert!(Set::read(Path::new("/nonexistent"), false).is_err());

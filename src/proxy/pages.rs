@@ -144,11 +144,14 @@ impl Client<'_> {
             }
         };
         let started = Instant::now();
+        let target = self.target;
+        let own = record.has_begun_rounds().then_some(target.id.as_str());
+        let parent = own.or(target.parent.as_deref());
         let before = record.begin_round();
         self.has_closed = false;
         let mut round = None;
         let ended = tokio::select! {
-            ended = self.run(first, &mut round) => ended,
+            ended = self.run(first, parent, &mut round) => ended,
             reason = record.stopped() => Err(Failure::Stopped(reason)),
         };
         let reason = ended.as_ref().err().map(ToString::to_string);
@@ -167,12 +170,15 @@ impl Client<'_> {
     }
 
     /// From the first command until the cache holds all of the round. Returns whether another may follow.
-    async fn run(&mut self, first: Command, slot: &mut Option<Round>) -> Result<bool, Failure> {
+    async fn run(
+        &mut self,
+        first: Command,
+        parent: Option<&str>,
+        slot: &mut Option<Round>,
+    ) -> Result<bool, Failure> {
         let connect = self.proxy.links.connect(&self.target.cache, &self.settings);
         let connection = connect.await.map_err(Failure::Lost)?;
         let id = &self.target.id;
-        let own = self.target.record.has_pages().then_some(id.as_str());
-        let parent = own.or(self.target.parent.as_deref());
         let limit = self.settings.link.ack_timeout;
         let round = slot.insert(Round::begin(&connection, id, parent, limit).await?);
         let lost = round.lost();

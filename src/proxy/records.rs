@@ -39,7 +39,8 @@ pub struct Record {
     images: RefCell<BTreeMap<String, Image>>,
     /// Whether images are coming; rounds of pages change no state then.
     dumping: Cell<bool>,
-    paged: Cell<bool>,
+    /// Whether a round of pages has begun.
+    begun: Cell<bool>,
     stop: watch::Sender<Option<String>>,
     whole: Notify,
 }
@@ -74,7 +75,7 @@ impl Records {
             info: RefCell::new(info),
             images: RefCell::default(),
             dumping: Cell::new(state == SnapshotState::Receiving),
-            paged: Cell::new(false),
+            begun: Cell::new(false),
             stop: watch::Sender::new(None),
             whole: Notify::new(),
         });
@@ -182,6 +183,7 @@ impl Record {
 
     /// A round of its pages has come. Returns the state that it was in.
     pub fn begin_round(&self) -> SnapshotState {
+        self.begun.set(true);
         let before = self.state();
         let dumping = self.dumping.get();
         let state = if dumping { before } else { SnapshotState::Receiving };
@@ -197,7 +199,6 @@ impl Record {
 
     /// The round has ended: the cache holds its pages, or it failed and why.
     pub fn end_round(&self, failure: Option<String>) {
-        self.paged.set(self.paged.get() || failure.is_none());
         if self.dumping.get() {
             return;
         }
@@ -207,9 +208,10 @@ impl Record {
         info.ended_ms = now_ms();
     }
 
-    /// Whether a round has come since this was listed: the next one goes on from it.
-    pub fn has_pages(&self) -> bool {
-        self.paged.get()
+    /// Whether a round has begun since this was listed. The next one goes on from it, or has no parent: CRIU
+    /// has reset the kernel's notes of what changed since any other.
+    pub fn has_begun_rounds(&self) -> bool {
+        self.begun.get()
     }
 
     /// An image begins, or goes on.

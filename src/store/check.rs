@@ -5,6 +5,7 @@ use std::io::{BufReader, Seek};
 use super::image::Image;
 use super::snapshot::Images;
 use crate::criu::images::{INVENTORY, check_records, is_records};
+use crate::criu::pages::Space;
 
 /// Checks that every image has ended, that there is an inventory unless the snapshot is `partial`, and
 /// that no image's records are cut short. The error is the reason for which the snapshot is damaged.
@@ -22,6 +23,24 @@ pub(super) fn check(images: &Images, partial: bool) -> Result<(), String> {
     }
     for image in images.values().filter(|image| is_records(image.name())) {
         records(image)?;
+    }
+    Ok(())
+}
+
+/// Checks that each task that has memory has the pages of it. Those of a dump that sent them to a page server
+/// are in no image of its own.
+pub(super) fn check_memory(images: &Images) -> Result<(), String> {
+    let tasks = images.keys().filter_map(|name| {
+        let pid = name.strip_prefix("mm-")?.strip_suffix(".img")?;
+        pid.parse().ok().map(Space::Task)
+    });
+    for task in tasks {
+        if !images.contains_key(&task.pagemap()) {
+            return Err(format!(
+                "there are no pages of {task}: neither {} nor a round of them has come",
+                task.pagemap()
+            ));
+        }
     }
     Ok(())
 }

@@ -369,6 +369,9 @@ impl Store {
         if let Some(flat) = &flat {
             flat_images(flat, Rc::make_mut(&mut images), &self.quota)?;
         }
+        if !partial {
+            check::check_memory(&images)?;
+        }
         Ok(images)
     }
 

@@ -51,6 +51,19 @@ fn reason(store: &Store, id: &str) -> String {
 }
 
 #[tokio::test]
+async fn a_task_with_memory_and_no_pages_damages_its_snapshot() {
+    let store = store(1 << 20);
+    for (id, pagemap, whole) in [("web", "pagemap-8.img", false), ("db", "pagemap-7.img", true)] {
+        let key = store.begin(id, &from("a")).unwrap();
+        add(&store, key, "mm-7.img", RECORDS).await.unwrap();
+        add(&store, key, pagemap, RECORDS).await.unwrap();
+        add(&store, key, "inventory.img", RECORDS).await.unwrap();
+        assert_eq!(store.complete(key, false).is_ok(), whole);
+    }
+    assert!(reason(&store, "web").starts_with("there are no pages of task 7"));
+}
+
+#[tokio::test]
 async fn a_set_without_an_inventory_is_damaged_and_gives_its_bytes_back() {
     let store = store(1 << 20);
     let key = store.begin("web", &from("a")).unwrap();
