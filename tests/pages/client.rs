@@ -24,6 +24,7 @@ pub(crate) struct PageClient {
     dialect: Dialect,
     /// How many bytes may still be sent; then the client is gone.
     left: Option<u64>,
+    has_heard: bool,
 }
 
 enum Socket {
@@ -36,7 +37,7 @@ impl PageClient {
     pub(crate) fn on(socket: UnixStream, dialect: Dialect) -> PageClient {
         socket.set_read_timeout(Some(SOON)).unwrap();
         socket.set_write_timeout(Some(SOON)).unwrap();
-        PageClient { socket: Socket::Unix(socket), dialect, left: None }
+        PageClient { socket: Socket::Unix(socket), dialect, left: None, has_heard: false }
     }
 
     /// On a port, as with `--address` and `--port`.
@@ -46,7 +47,7 @@ impl PageClient {
         socket.set_nodelay(true).unwrap();
         socket.set_read_timeout(Some(SOON)).unwrap();
         socket.set_write_timeout(Some(SOON)).unwrap();
-        PageClient { socket: Socket::Tcp(socket), dialect, left: None }
+        PageClient { socket: Socket::Tcp(socket), dialect, left: None, has_heard: false }
     }
 
     /// It is gone after so many more bytes.
@@ -57,6 +58,11 @@ impl PageClient {
     /// Whether it is gone.
     pub(crate) fn is_gone(&self) -> bool {
         self.left == Some(0)
+    }
+
+    /// Whether it has heard any answer. CRIU waits for the first one before it does anything to the process.
+    pub(crate) fn has_heard(&self) -> bool {
+        self.has_heard
     }
 
     /// Says any bytes.
@@ -85,17 +91,14 @@ impl PageClient {
     /// Asks whether a space has a parent.
     pub(crate) fn has_parent(&mut self, space: Space) -> io::Result<bool> {
         self.command(Command::Parent { space })?;
-        let mut answer = [0; 4];
-        self.socket.read_exact(&mut answer)?;
-        Ok(told(i32::from_ne_bytes(answer)))
+        Ok(told(i32::from_ne_bytes(self.hear()?)))
     }
 
     /// Opens a space; hears whether it has a parent.
     pub(crate) fn open(&mut self, space: Space) -> io::Result<bool> {
         self.command(Command::Open { space, answer: true })?;
-        let mut answer = [0];
-        self.socket.read_exact(&mut answer)?;
-        Ok(told(answer[0].into()))
+        let [answer] = self.hear()?;
+        Ok(told(answer.into()))
     }
 
     /// Says that pages are as in the parent.
@@ -142,22 +145,34 @@ impl PageClient {
 
     /// The status that ends a round.
     pub(crate) fn status(&mut self) -> io::Result<i32> {
-        let mut status = [0; 4];
-        self.socket.read_exact(&mut status)?;
-        Ok(i32::from_ne_bytes(status))
+        Ok(i32::from_ne_bytes(self.hear()?))
+    }
+
+    fn hear<const LEN: usize>(&mut self) -> io::Result<[u8; LEN]> {
+        let mut answer = [0; LEN];
+        self.socket.read_exact(&mut answer)?;
+        self.has_heard = true;
+        Ok(answer)
     }
 
     /// The daemon has ended the session, or does so now: CRIU hears that the round has failed, or nothing
     /// at all.
     #[track_caller]
     pub(crate) fn assert_failed(&mut self) {
+        let said = self.rest();
+        assert!(said.is_empty() || said == [0xff; 4], "{said:?} instead of a failure");
+    }
+
+    /// What the daemon still says until it ends the session.
+    #[track_caller]
+    pub(crate) fn rest(&mut self) -> Vec<u8> {
         let mut said = Vec::new();
         match self.socket.read_to_end(&mut said) {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
             Err(error) => panic!("{error} instead of the session's end, after {said:?}"),
         }
-        assert!(said.is_empty() || said == [0xff; 4], "{said:?} instead of a failure");
+        said
     }
 
     /// The daemon says nothing for now.

@@ -16,7 +16,9 @@ mod bench;
 // The tests of tests/bad_input use it, too.
 #[allow(dead_code)]
 mod client;
+mod forwarder;
 mod model;
 
+mod cuts;
 mod memory;
 mod order;

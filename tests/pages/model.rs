@@ -193,6 +193,21 @@ impl Memory {
         }
         Ok(parents)
     }
+
+    /// How many bytes a client sends for a round, with its end.
+    pub(crate) fn sent_len(&self, parents: &[Space], way: &Way, dialect: Dialect) -> u64 {
+        let (mut headers, mut bytes) = (1, 0);
+        for (space, pages) in &self.spaces {
+            headers += if way.asks { 2 } else { 1 };
+            for run in plan(pages, parents.contains(space), way.longest) {
+                headers += 1;
+                if run.contents != Contents::Parent {
+                    bytes += run.pages * PAGE_SIZE;
+                }
+            }
+        }
+        headers * dialect.header_len() as u64 + bytes
+    }
 }
 
 /// The runs of a space. What was not written to since the last round is as in the parent, if there
