@@ -124,6 +124,7 @@ fn in_passing(message: &Message) -> bool {
         message,
         Message::KeepAlive(_)
             | Message::SnapshotReady(_)
+            | Message::Spaces(_)
             | Message::ImageReady(_)
             | Message::ImageAck(_)
     )

@@ -12,6 +12,10 @@ mod criu;
 mod daemons;
 mod hosts;
 mod link;
+// The tests of tests/pages have it.
+#[allow(dead_code)]
+#[path = "../pages/page_client.rs"]
+mod page_client;
 mod proxy_standin;
 mod remote;
 
@@ -22,6 +26,8 @@ mod link_at_cache;
 mod link_at_proxy;
 mod link_order;
 mod pages_at_cache;
+mod pages_at_proxy;
+mod pages_at_proxy_wait;
 mod quota;
 mod remote_headers;
 mod remote_link_at_cache;
@@ -30,5 +36,6 @@ mod remote_lists;
 mod remote_readers;
 mod remote_writers;
 mod remote_writers_wait;
+mod rounds_at_cache;
 mod serve;
 mod serve_waits;

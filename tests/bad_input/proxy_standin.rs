@@ -3,9 +3,11 @@
 use std::net::{SocketAddr, TcpStream};
 
 use criu_image_relay::criu::images::INVENTORY;
+use criu_image_relay::criu::pages::Space;
 use criu_image_relay::wire::frame;
 use criu_image_relay::wire::message::{
-    Hello, ImageBegin, ImageData, ImageEnd, Message, SnapshotBegin, SnapshotEnd,
+    Hello, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, SnapshotBegin, SnapshotEnd,
+    space,
 };
 
 use crate::criu::RECORDS;
@@ -55,6 +57,25 @@ impl ProxyStandin {
         let end =
             SnapshotEnd { snapshot, complete: true, images, bytes: bytes as u64, partial: false };
         self.link.send(&Message::SnapshotEnd(end));
+    }
+
+    /// A round of pages.
+    pub(crate) fn begin_round(&mut self, snapshot: u32, id: &str) {
+        let (id, round) = (id.to_owned(), true);
+        let begin = SnapshotBegin { snapshot, id, round, ..SnapshotBegin::default() };
+        self.link.send(&Message::SnapshotBegin(begin));
+    }
+
+    pub(crate) fn space(&mut self, snapshot: u32, of: Space) {
+        self.link.send(&Message::Space(space(snapshot, of)));
+    }
+
+    pub(crate) fn pages(&mut self, snapshot: u32, address: u64, pages: u64, flags: u32) {
+        self.link.send(&Message::Pages(Pages { snapshot, address, pages, flags }));
+    }
+
+    pub(crate) fn page_data(&mut self, snapshot: u32, bytes: &[u8]) {
+        self.link.send_payload(&Message::PageData(PageData { snapshot }), bytes);
     }
 
     /// A whole image.

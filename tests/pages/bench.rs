@@ -10,10 +10,10 @@ use criu_image_relay::criu::page_server::header::Dialect;
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::client::PageClient;
 use crate::criu::{Criu, RECORDS};
 use crate::daemons::{Daemon, Settings};
 use crate::model::{Contained, assert_shown};
+use crate::page_client::PageClient;
 
 /// Both daemons, linked.
 pub(crate) struct Bench {

@@ -10,10 +10,10 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use crate::bench::{Bench, Door, ROOMY};
-use crate::client::{HELD, PageClient};
 use crate::daemons::{Daemon, eventually};
 use crate::forwarder::Forwarder;
 use crate::model::{Act, Contained, Memory, Way, acts, dialect, way};
+use crate::page_client::{HELD, PageClient};
 
 type Round = (Vec<Act>, Way);
 

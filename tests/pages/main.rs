@@ -13,11 +13,11 @@ mod criu;
 mod daemons;
 
 mod bench;
-// The tests of tests/bad_input use it, too.
-#[allow(dead_code)]
-mod client;
 mod forwarder;
 mod model;
+// The tests of tests/bad_input use it, too.
+#[allow(dead_code)]
+mod page_client;
 
 mod cuts;
 mod memory;

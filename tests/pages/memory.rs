@@ -5,9 +5,9 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use crate::bench::Bench;
-use crate::client::HELD;
 use crate::criu::{Criu, RECORDS};
 use crate::model::{Act, Memory, Way, acts, dialect, way};
+use crate::page_client::HELD;
 
 /// A round, and what comes before it.
 #[derive(Debug, Clone)]

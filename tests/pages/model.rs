@@ -10,7 +10,7 @@ use criu_image_relay::criu::pagemap::Pagemap;
 use criu_image_relay::criu::pages::{Contents, PAGE_SIZE, Space, pages_image};
 use proptest::prelude::*;
 
-use crate::client::PageClient;
+use crate::page_client::PageClient;
 
 /// Every page space that a test has.
 pub(crate) const SPACES: [Space; 5] = [

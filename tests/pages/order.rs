@@ -9,11 +9,11 @@ use criu_image_relay::criu::page_server::header::Dialect;
 use criu_image_relay::criu::pages::{PAGE_SIZE, Space};
 
 use crate::bench::{Bench, ROOMY};
-use crate::client::{HELD, PageClient};
 use crate::criu::{Criu, RECORDS};
 use crate::daemons::{Daemon, Settings, eventually};
 use crate::forwarder::Forwarder;
 use crate::model::{Contained, filled};
+use crate::page_client::{HELD, PageClient};
 
 const TASK: Space = Space::Task(1);
 
