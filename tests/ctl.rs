@@ -407,8 +407,10 @@ fn what_cannot_be_pushed_is_refused_before_it_starts() {
     let dir = proxy.path("web");
     dumped(&dir);
     std::os::unix::fs::symlink("../0", dir.join("parent")).unwrap();
+    fs::write(dir.join("pagemap-7.img"), "").unwrap();
     proxy.ctl(&["push", utf8(&dir)]).exits(1).complains("incremental");
     fs::remove_file(dir.join("parent")).unwrap();
+    fs::remove_file(dir.join("pagemap-7.img")).unwrap();
     proxy.store.put("web", SnapshotState::Whole, &[]);
     proxy.ctl(&["push", utf8(&dir)]).exits(1).complains("there already");
     fs::remove_file(dir.join("inventory.img")).unwrap();

@@ -140,7 +140,7 @@ fn a_client_that_is_none_begins_no_round() {
     drop(torn);
     hosts.proxy.assert_log(&["the session ended", "the connection was closed within a command"]);
     // None of them was a round, so that the next one still has a parent.
-    let mut client = PageClient::on(hosts.proxy.open_pages("web"), Dialect::Short);
+    let mut client = PageClient::on(hosts.proxy.open_pages_of("web", Some("web")), Dialect::Short);
     assert!(client.open(TASK).unwrap());
     client.hole(TASK, 0x1000, 3).unwrap();
     assert_eq!(client.close().unwrap(), HELD);

@@ -71,7 +71,7 @@ fn a_round_whose_snapshot_is_dropped_fails() {
         assert!(client.open(TASK).unwrap());
         client.announce(TASK, 0x1000, false, 4).unwrap();
         client.say(PAGE).unwrap();
-        let cause = "it was dropped by the operator";
+        let cause = "it was dropped";
         if at_cache {
             hosts.cache.drop_snapshot("web");
             let _ = client.say(&PAGE.repeat(3));

@@ -59,10 +59,10 @@ impl ProxyStandin {
         self.link.send(&Message::SnapshotEnd(end));
     }
 
-    /// A round of pages.
+    /// A round of pages that goes on from those before it.
     pub(crate) fn begin_round(&mut self, snapshot: u32, id: &str) {
-        let (id, round) = (id.to_owned(), true);
-        let begin = SnapshotBegin { snapshot, id, round, ..SnapshotBegin::default() };
+        let (id, parent) = (id.to_owned(), id.to_owned());
+        let begin = SnapshotBegin { snapshot, id, named: true, round: true, parent };
         self.link.send(&Message::SnapshotBegin(begin));
     }
 

@@ -67,7 +67,7 @@ impl Bench {
     /// Connects for rounds of a snapshot.
     pub(crate) fn connect(&self, id: &str, door: Door, dialect: Dialect) -> PageClient {
         match door {
-            Door::Connections => PageClient::on(self.proxy.open_pages(id), dialect),
+            Door::Connections => PageClient::on(self.proxy.open_pages_of(id, Some(id)), dialect),
             Door::Listener(address) => PageClient::at(address, dialect),
         }
     }
