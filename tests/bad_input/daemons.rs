@@ -204,9 +204,10 @@ impl Daemon {
     /// How many bytes the kernel holds for its memfds.
     pub(crate) fn memfd_bytes(&self) -> u64 {
         let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let is_memfd = |to: PathBuf| to.to_string_lossy().starts_with("/memfd:");
         let memfds: BTreeMap<u64, u64> = open
             .map(|descriptor| descriptor.unwrap().path())
-            .filter(|path| fs::read_link(path).is_ok_and(|to| to.starts_with("/memfd:")))
+            .filter(|path| fs::read_link(path).is_ok_and(is_memfd))
             .map(|path| fs::metadata(path).unwrap())
             .map(|file| (file.ino(), file.blocks() * 512))
             .collect();

@@ -19,6 +19,7 @@ mod model;
 #[allow(dead_code)]
 mod page_client;
 
+mod chain;
 mod cuts;
 mod memory;
 mod order;
