@@ -117,7 +117,7 @@ fn a_round_of_which_the_acknowledgement_is_lost_is_a_parent() {
     bench.proxy.assert_log(&["a round of snapshot web failed"]);
 
     network.release_answers();
-    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
+    let mut client = PageClient::on(bench.proxy.open_pages_of("web", Some("web")), Dialect::Long);
     assert!(client.open(TASK).unwrap());
     client.hole(TASK, 16 * PAGE_SIZE, 2).unwrap();
     client.pages(TASK, 18 * PAGE_SIZE, false, &filled(9)).unwrap();
