@@ -139,9 +139,10 @@ impl<'a> Process<'a> {
             let pages = held.values().map(|pages| pages.len() as u64).sum::<u64>();
             cache.assert_held(pages * PAGE_SIZE);
         } else {
-            let state = cache.show(id).map(|shown| shown.state);
+            // The cache may hear of it last.
             let nothing = [None, Some(SnapshotState::Damaged), Some(SnapshotState::Paged)];
-            assert!(nothing.contains(&state), "{state:?}");
+            let settled = || nothing.contains(&cache.show(id).map(|shown| shown.state));
+            assert!(eventually(settled), "the cache does not take note of it");
             cache.assert_held(0);
         }
         if let Some(next) = next {
