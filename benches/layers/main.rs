@@ -10,12 +10,16 @@
 //!
 //! - index: giving the round's runs their places, and inheriting what is between them;
 //! - commit: making the round a snapshot; release: dropping its parent and giving back its pages;
-//! - runs: how many there are in the round, and in the new flat pagemap.
+//! - runs: how many there are in the round, and in the new flat pagemap;
+//! - heap: what is allocated for all of it, the indexes and the layers' own notes; the pages are not in it.
 //!
-//! To write the pages is not measured.
+//! To write the pages is not measured. The last lines say what the last rounds cost, of what the first
+//! did: it may grow with the logarithm of the flat pagemap's runs, and not with the rounds.
 
 // A benchmark fails by panicking.
 #![allow(clippy::unwrap_used)]
+
+mod allocated;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -37,13 +41,14 @@ fn main() {
         let parents = if keep { "kept" } else { "dropped" };
         println!("{pages} pages, 5 % dirtied in each round; parents are {parents}");
         println!(
-            "{:>5} {:>11} {:>11} {:>11} {:>9} {:>9} {:>7} {:>12} {:>12}",
+            "{:>5} {:>11} {:>11} {:>11} {:>9} {:>9} {:>9} {:>7} {:>12} {:>12}",
             "round",
             "index us",
             "commit us",
             "release us",
             "runs",
             "flat",
+            "heap KiB",
             "layers",
             "charged KiB",
             "held KiB"
@@ -57,6 +62,7 @@ fn chain(pages: u64, rounds: u64, keep: bool) {
     let (mut random, mut kept) = (Random(0x2545_f491_4f6c_dd1d), Vec::new());
     let all = PageRange::new(0, pages).unwrap();
     let mut newest: Option<Flat<u64>> = None;
+    let (before, mut costs) = (allocated::bytes(), Vec::new());
     for number in 1..=rounds {
         let dirty = if number == 1 { vec![all] } else { random.dirty(pages) };
         let clean = between(&dirty, pages);
@@ -84,17 +90,21 @@ fn chain(pages: u64, rounds: u64, keep: bool) {
         let commit = begun.elapsed();
         kept.extend(newest.replace(flat).filter(|_| keep));
         let release = begun.elapsed().saturating_sub(commit);
+        let runs = u32::try_from(dirty.len() + clean.len()).unwrap();
+        drop((dirty, clean));
+        let heap = allocated::bytes() - before;
+        costs.push(Cost { time: index + commit + release, runs, heap });
 
         if [1, 2, 10, 25, 50].contains(&number) || number % 100 == 0 {
             let flat = newest.as_ref().unwrap().space(&SPACE).unwrap();
             let (layers, held) = memory(newest.iter().chain(&kept));
             println!(
-                "{number:>5} {:>11.1} {:>11.1} {:>11.1} {:>9} {:>9} {layers:>7} {:>12} {:>12}",
+                "{number:>5} {:>11.1} {:>11.1} {:>11.1} {runs:>9} {:>9} {:>9} {layers:>7} {:>12} {:>12}",
                 micros(index),
                 micros(commit),
                 micros(release),
-                dirty.len() + clean.len(),
                 flat.len(),
+                heap / 1024,
                 quota.used() / 1024,
                 held / 1024
             );
@@ -102,8 +112,51 @@ fn chain(pages: u64, rounds: u64, keep: bool) {
     }
     let begun = Instant::now();
     drop((newest, kept));
-    println!("everything dropped in {:.1} us\n", micros(begun.elapsed()));
+    println!("everything dropped in {:.1} us", micros(begun.elapsed()));
+    tell_growth(&costs);
     assert_eq!(quota.used(), 0);
+}
+
+/// What a round cost.
+struct Cost {
+    time: Duration,
+    runs: u32,
+    /// Bytes that were allocated after it.
+    heap: usize,
+}
+
+/// How many rounds are taken together, since a single one is measured in less than a millisecond.
+const TOGETHER: usize = 3;
+
+/// What a run cost at the end, of what it cost at the beginning. The first round has no parent and is left out.
+fn tell_growth(costs: &[Cost]) {
+    let later = costs.get(1..).unwrap_or_default();
+    let Some((first, last)) = later.first_chunk().zip(later.last_chunk()) else { return };
+    let halves = costs.split_at(costs.len() / 2);
+    let (early, late) = (time_of_a_run(first), time_of_a_run(last));
+    println!(
+        "the heap grew by {} bytes a round in the first half, {} in the second",
+        growth(halves.0),
+        growth(halves.1)
+    );
+    println!(
+        "a run took {early:.2} us in rounds 2 to {}, {late:.2} us in the last {TOGETHER}: {:.2} times \
+         as much\n",
+        TOGETHER + 1,
+        late / early
+    );
+}
+
+fn time_of_a_run(rounds: &[Cost; TOGETHER]) -> f64 {
+    let runs: u32 = rounds.iter().map(|round| round.runs).sum();
+    micros(rounds.iter().map(|round| round.time).sum()) / f64::from(runs)
+}
+
+/// By how many bytes each of some rounds let the heap grow; what is given back with a parent counts, too.
+fn growth(rounds: &[Cost]) -> isize {
+    let heap = |round: &Cost| isize::try_from(round.heap).unwrap();
+    let (first, last) = (heap(&rounds[0]), heap(&rounds[rounds.len() - 1]));
+    (last - first) / isize::try_from(rounds.len()).unwrap()
 }
 
 /// How many layers the snapshots see, and how many bytes the kernel holds for them.
