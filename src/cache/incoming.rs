@@ -106,6 +106,7 @@ impl<'a> Incoming<'a> {
             Action::PageData { snapshot } => {
                 return self.page_data(reader, snapshot, len).await;
             }
+            Action::Forget { id } => self.forget(&id),
             Action::CompleteRound { snapshot, spaces, bytes } => {
                 self.complete_round(snapshot, spaces, bytes);
             }
@@ -170,6 +171,14 @@ impl<'a> Incoming<'a> {
                 self.answer(Message::SnapshotReady(SnapshotReady { snapshot }));
             }
             Err(refused) => self.refuse(snapshot, &id, &refused),
+        }
+    }
+
+    fn forget(&self, id: &str) {
+        if self.store.forget_pages(id, self.sender.host) {
+            let message_id = journal::SNAPSHOT_DROPPED;
+            let (criu_snapshot, sender) = (id, &self.sender.name);
+            tracing::info!(message_id, criu_snapshot, "the pages of {id} are given up by {sender}");
         }
     }
 

@@ -14,7 +14,7 @@ use crate::config::LinkSettings;
 use crate::criu::pages::{Run, Space};
 use crate::sys::ends::Source;
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{KeepAlive, Message, REGIONS_MAX, Region, RegionRequest};
+use crate::wire::message::{KeepAlive, Message, PagesForget, REGIONS_MAX, Region, RegionRequest};
 use crate::wire::sender::{Said, Sender, said};
 
 /// How many commands may wait for the lane. Each image has at most one chunk under way.
@@ -78,6 +78,9 @@ pub(super) enum Command {
         reason: String,
     },
     Region(RegionRequest),
+    Forget {
+        id: String,
+    },
 }
 
 /// Those who wait for what the cache says.
@@ -204,6 +207,11 @@ impl Connection {
             return None;
         }
         answer.await.ok()
+    }
+
+    /// Nobody goes on with a snapshot: the cache need not hold pages of it.
+    pub async fn forget_pages(&self, id: &str) {
+        self.tell(Command::Forget { id: id.to_owned() }).await;
     }
 
     /// Whether it is over.
@@ -398,6 +406,7 @@ async fn obey(
         Command::EndImage { snapshot, image } => sender.end_image(snapshot, image),
         Command::End { snapshot, partial } => sender.end(snapshot, partial),
         Command::Region(request) => Some(Message::RegionRequest(request)),
+        Command::Forget { id } => Some(Message::PagesForget(PagesForget { id })),
         Command::Abort { snapshot, reason } => sender.abort(snapshot, &reason),
         Command::Chunk { snapshot, image, source, moved } => {
             let data = |len| sender.data(snapshot, image, len);

@@ -57,6 +57,15 @@ impl Backend for Control {
         let record = self.0.records.find(id).ok_or(Refusal::NoSuchSnapshot)?;
         record.stop("it was dropped by the operator");
         self.0.records.remove(&record);
+        // Without a link nobody is told: the operator finds the pages at the cache.
+        let link = self.0.links.connected(&record.info().peer);
+        if let (Some(link), true) = (link, record.has_left_pages()) {
+            let id = id.to_owned();
+            tokio::task::spawn_local(async move {
+                record.settled().await;
+                link.forget_pages(&id).await;
+            });
+        }
         tracing::info!(
             message_id = journal::SNAPSHOT_DROPPED,
             criu_snapshot = id,
@@ -69,7 +78,11 @@ impl Backend for Control {
         let proxy = self.0.clone();
         let cache = proxy.cache_for(request.to.as_deref())?;
         let socket = Socket::from(request.listening, socket).map_err(unusable)?;
+        let before = proxy.records.find(&request.id);
         let record = proxy.awaited(&request.id, &cache)?;
+        if let Some(before) = before {
+            record.joins(&before);
+        }
         let Open { id, parent, .. } = request;
         let target = Target { id, cache, parent, record: Some(record.clone()) };
         match socket {

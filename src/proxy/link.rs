@@ -171,6 +171,11 @@ impl Links {
         }
     }
 
+    /// The connection to a cache, if it is up.
+    pub fn connected(&self, destination: &str) -> Option<Rc<Connection>> {
+        self.by_destination.borrow().get(destination)?.connection()
+    }
+
     /// Each link's state, for the control interface. The configured cache is always among them.
     pub fn status(&self, configured: &str) -> Vec<LinkStatus> {
         self.link(configured);

@@ -18,7 +18,7 @@ use crate::control::model::SnapshotState;
 use crate::criu::page_server::answer;
 use crate::criu::page_server::command::Command;
 use crate::criu::page_server::header::Reader;
-use crate::criu::page_server::session::{Action, Session};
+use crate::criu::page_server::session::{Action, Session, Violation};
 use crate::criu::pages::Contents;
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Listener;
@@ -134,6 +134,11 @@ impl Client<'_> {
         let first = tokio::select! {
             first = self.command_within(patience) => first,
             () = record.over() => return false,
+        };
+        let first = match first {
+            // Of which no round is begun.
+            Ok(Some(Command::Get { .. })) => Err(incomplete(Violation::Get)),
+            first => first,
         };
         let first = match first {
             Ok(Some(first)) => first,

@@ -41,8 +41,10 @@ pub struct Record {
     dumping: Cell<bool>,
     /// Whether a round of pages has begun.
     begun: Cell<bool>,
+    /// Whether the cache may hold pages of it, from rounds of this record or of one before.
+    left: Cell<bool>,
     stop: watch::Sender<Option<String>>,
-    whole: Notify,
+    ended: Notify,
 }
 
 impl Records {
@@ -76,8 +78,9 @@ impl Records {
             images: RefCell::default(),
             dumping: Cell::new(state == SnapshotState::Receiving),
             begun: Cell::new(false),
+            left: Cell::new(false),
             stop: watch::Sender::new(None),
-            whole: Notify::new(),
+            ended: Notify::new(),
         });
         records.insert(self.next.replace(self.next.get() + 1), record.clone());
         Some(record)
@@ -184,6 +187,7 @@ impl Record {
     /// A round of its pages has come. Returns the state that it was in.
     pub fn begin_round(&self) -> SnapshotState {
         self.begun.set(true);
+        self.left.set(true);
         let before = self.state();
         let dumping = self.dumping.get();
         let state = if dumping { before } else { SnapshotState::Receiving };
@@ -206,6 +210,8 @@ impl Record {
         info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Paged };
         info.reason = failure.unwrap_or_default();
         info.ended_ms = now_ms();
+        drop(info);
+        self.ended.notify_waiters();
     }
 
     /// Whether a round has begun since this was listed. The next one goes on from it, or has no parent: CRIU
@@ -244,13 +250,10 @@ impl Record {
         info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Whole };
         info.reason = failure.unwrap_or_default();
         info.ended_ms = now_ms();
-        let whole = info.state == SnapshotState::Whole;
         drop(info);
         self.images.borrow_mut().clear();
         self.dumping.set(false);
-        if whole {
-            self.whole.notify_waiters();
-        }
+        self.ended.notify_waiters();
     }
 
     /// Tells whoever works on it to stop.
@@ -268,14 +271,37 @@ impl Record {
 
     /// Resolves when no round can follow: the cache has the whole snapshot, or it is to be stopped.
     pub async fn over(&self) {
-        let whole = self.whole.notified();
-        if self.state() == SnapshotState::Whole {
-            return;
+        loop {
+            let ended = self.ended.notified();
+            if self.state() == SnapshotState::Whole {
+                return;
+            }
+            tokio::select! {
+                () = ended => {}
+                _ = self.stopped() => return,
+            }
         }
-        tokio::select! {
-            () = whole => {}
-            _ = self.stopped() => {}
+    }
+
+    /// Resolves when nothing of it is under way.
+    pub async fn settled(&self) {
+        loop {
+            let ended = self.ended.notified();
+            if self.state() != SnapshotState::Receiving {
+                return;
+            }
+            ended.await;
         }
+    }
+
+    /// Whether the cache may hold pages of it.
+    pub fn has_left_pages(&self) -> bool {
+        self.left.get()
+    }
+
+    /// It takes the place of another, whose pages it may go with.
+    pub fn joins(&self, before: &Record) {
+        self.left.set(before.has_left_pages());
     }
 
     fn is(&self, id: &str) -> bool {

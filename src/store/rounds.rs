@@ -115,6 +115,13 @@ impl Store {
         }
     }
 
+    /// Drops a snapshot that `host` sent and that has nothing but pages. Returns whether there was one.
+    pub fn forget_pages(&self, id: &str, host: Option<IpAddr>) -> bool {
+        let only_pages =
+            |known: &Snapshot| matches!(known.state, State::Paged) && known.sender.host == host;
+        self.find(id, only_pages) == Some(true) && self.drop_snapshot(id).is_some()
+    }
+
     /// The pages of a snapshot that `host` sent.
     fn pages_of(&self, id: &str, host: Option<IpAddr>) -> Result<Flat<Space>, Refused> {
         let pages = self.find(id, |known| match (known.flat(), &known.state) {
@@ -289,6 +296,18 @@ mod tests {
         let elsewhere = Sender { host: Some([192, 0, 2, 7].into()), ..sender() };
         assert!(refused(&elsewhere, "web/2").contains("no such snapshot is held"));
         assert_eq!(state(&store, "web/3"), "gone");
+    }
+
+    #[tokio::test]
+    async fn who_sent_pages_may_give_them_up_as_long_as_no_images_have_joined_them() {
+        let store = store();
+        round(&store, "web", None, b"abc").await;
+        assert!(!store.forget_pages("web", Some([192, 0, 2, 7].into())));
+        let key = store.begin("web", &sender()).unwrap();
+        assert!(!store.forget_pages("web", None));
+        store.fail(key, "the link broke");
+        assert!(store.forget_pages("web", None) && !store.forget_pages("web", None));
+        assert_eq!((state(&store, "web").as_str(), store.quota().used()), ("gone", 0));
     }
 
     #[tokio::test]

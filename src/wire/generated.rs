@@ -230,6 +230,13 @@ pub struct PageData {
     #[prost(uint32, tag = "1")]
     pub snapshot: u32,
 }
+/// proxy → cache: nobody goes on with a snapshot of which only pages have come; they need not be held. It is not answered.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PagesForget {
+    /// The snapshot's id. One that is not there, has images, or came from another host stays as it is.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+}
 /// The kind of a message, as the header gives it. A kind that the receiver does not know ends the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -256,6 +263,7 @@ pub enum Kind {
     Space = 19,
     Pages = 20,
     PageData = 21,
+    PagesForget = 22,
 }
 impl Kind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -286,6 +294,7 @@ impl Kind {
             Self::Space => "SPACE",
             Self::Pages => "PAGES",
             Self::PageData => "PAGE_DATA",
+            Self::PagesForget => "PAGES_FORGET",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -313,6 +322,7 @@ impl Kind {
             "SPACE" => Some(Self::Space),
             "PAGES" => Some(Self::Pages),
             "PAGE_DATA" => Some(Self::PageData),
+            "PAGES_FORGET" => Some(Self::PagesForget),
             _ => None,
         }
     }

@@ -6,8 +6,8 @@ use prost::Message as _;
 
 pub use super::generated::{
     Goodbye, Hello, ImageAck, ImageBegin, ImageData, ImageEnd, ImageReady, KeepAlive, Kind,
-    PageData, Pages, Region, RegionRequest, SnapshotAbort, SnapshotAck, SnapshotBegin, SnapshotEnd,
-    SnapshotList, SnapshotReady, Space, Spaces, Welcome,
+    PageData, Pages, PagesForget, Region, RegionRequest, SnapshotAbort, SnapshotAck, SnapshotBegin,
+    SnapshotEnd, SnapshotList, SnapshotReady, Space, Spaces, Welcome,
 };
 
 use super::frame::{Header, PAYLOAD_MAX};
@@ -48,6 +48,7 @@ pub enum Message {
     Space(Space),
     Pages(Pages),
     PageData(PageData),
+    PagesForget(PagesForget),
 }
 
 /// Why a message is refused. The link ends.
@@ -89,6 +90,7 @@ macro_rules! with_inner {
             Message::Space($inner) => $do,
             Message::Pages($inner) => $do,
             Message::PageData($inner) => $do,
+            Message::PagesForget($inner) => $do,
         }
     };
 }
@@ -118,6 +120,7 @@ impl Message {
             Message::Space(_) => Kind::Space,
             Message::Pages(_) => Kind::Pages,
             Message::PageData(_) => Kind::PageData,
+            Message::PagesForget(_) => Kind::PagesForget,
         }
     }
 
@@ -187,6 +190,7 @@ impl Message {
             Kind::Space => Space::decode(bytes).map(Message::Space),
             Kind::Pages => Pages::decode(bytes).map(Message::Pages),
             Kind::PageData => PageData::decode(bytes).map(Message::PageData),
+            Kind::PagesForget => PagesForget::decode(bytes).map(Message::PagesForget),
         };
         decoded.map_err(|error| BadMessage::Torn(kind.as_str_name(), error.to_string()))
     }
@@ -378,6 +382,11 @@ mod tests {
                 0,
                 b"\x14\0\x09\0\0\0\0\0\x08\x01\x10\x80\x20\x18\x02\x20\x04",
             ),
+            (
+                Message::PagesForget(PagesForget { id: "web".into() }),
+                0,
+                b"\x16\0\x05\0\0\0\0\0\x0a\x03web",
+            ),
             (Message::PageData(PageData { snapshot: 1 }), 8192, b"\x15\0\x02\0\0\x20\0\0\x08\x01"),
             (Message::no_region(1, 2, "no"), 0, b"\x11\0\x08\0\0\0\0\0\x08\x01\x10\x02\x1a\x02no"),
         ]
@@ -401,7 +410,7 @@ mod tests {
     #[test]
     fn unknown_kinds_wrong_payloads_and_torn_messages_are_refused_in_words() {
         let refused = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
-        assert_eq!(refused(b"\x16\0\0\0\0\0\0\0"), "a message of the unknown kind 22");
+        assert_eq!(refused(b"\x17\0\0\0\0\0\0\0"), "a message of the unknown kind 23");
         assert_eq!(refused(b"\0\0\0\0\0\0\0\0"), "a message of the unknown kind 0");
         assert_eq!(refused(b"\x04\0\0\0\x01\0\0\0"), "a KEEP_ALIVE with a payload of 1 bytes");
         assert_eq!(refused(b"\x0a\0\0\0\0\0\0\0"), "a IMAGE_DATA with a payload of 0 bytes");

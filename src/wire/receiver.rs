@@ -54,6 +54,11 @@ pub enum Action {
         /// The round's number.
         snapshot: u32,
     },
+    /// Nobody goes on with a snapshot that has only pages.
+    Forget {
+        /// Its id.
+        id: String,
+    },
     /// A round has come that was announced so.
     CompleteRound {
         /// Its number.
@@ -268,6 +273,7 @@ impl Receiver {
             Message::ImageEnd(end) => self.end_image(&end),
             Message::Space(space) => self.space(&space),
             Message::Pages(pages) => self.pages(&pages),
+            Message::PagesForget(forget) => Ok(Action::Forget { id: forget.id }),
             Message::PageData(data) => self.page_data(data, payload_len as u64),
             Message::SnapshotEnd(end) => self.end(&end),
             Message::SnapshotAbort(abort) => {

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::bed::{Guest, Ran, guest};
+use crate::bed::{Guest, Ran, guest, wait_until};
 use crate::dirtier::Dirtier;
 use crate::relay::Relay;
 
@@ -42,6 +42,13 @@ impl<'a> Bed<'a> {
     fn is_clean(&self) {
         let left = self.guest.run(&format!("ls -d {}/migrate-*; pgrep -l criu$", self.relay.dir));
         assert_eq!(left.stdout, "");
+    }
+
+    /// The pages that came are not held for nobody.
+    #[track_caller]
+    fn cache_forgets(&self, snapshot: &str) {
+        let show = self.imagectl("cache", &format!("show {snapshot}"));
+        wait_until("the cache has forgotten it", || self.guest.run(&show).status != 0);
     }
 
     fn state(&self, snapshot: &str) -> Value {
@@ -99,6 +106,7 @@ fn one_that_dirties_faster_than_the_link_carries_is_given_up_and_runs_on() {
     assert!(process.lives("a"));
     bed.is_clean();
     assert_eq!(bed.state("web"), Value::Null);
+    bed.cache_forgets("web");
     // Where that is said, it is moved all the same.
     let ran = bed.migrate(pid, "forced", "--max-downtime 100ms --max-rounds 2 --force");
     assert_eq!(ran.status, 0, "{ran:?}");
@@ -161,6 +169,7 @@ fn an_interrupt_leaves_the_process_running_and_nothing_behind() {
         assert!(process.lives("a"), "{seconds} s");
         bed.is_clean();
         assert_eq!(bed.state(&snapshot), Value::Null, "{seconds} s");
+        bed.cache_forgets(&snapshot);
         process.tell("a", "churn 0");
         process.check("a");
     }

@@ -291,3 +291,34 @@ fn images_that_end_before_a_round_has_are_no_snapshot() {
     assert_ne!(client.close().ok(), Some(HELD));
     bench.cache.assert_held(0);
 }
+
+#[test]
+fn pages_of_a_snapshot_that_is_given_up_at_the_proxy_are_not_held() {
+    let bench = Bench::start();
+    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
+    send(&mut client, &memory(1..4));
+    assert_eq!(client.force_close().unwrap(), HELD);
+    bench.proxy.drop_snapshot("web");
+    bench.cache.assert_held(0);
+    assert!(eventually(|| bench.cache.show("web").is_none()));
+
+    // Also while images are coming to join them.
+    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
+    send(&mut client, &memory(1..4));
+    assert_eq!(client.force_close().unwrap(), HELD);
+    let mut dump = Criu::in_dir_of("web", &bench.proxy);
+    dump.write("core-1.img", RECORDS);
+    bench.cache.assert_state("web", SnapshotState::Receiving);
+    bench.proxy.drop_snapshot("web");
+    bench.cache.assert_held(0);
+    assert!(eventually(|| bench.cache.show("web").is_none()));
+
+    // What is whole is nobody's to give up at the proxy.
+    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
+    send(&mut client, &memory(1..4));
+    assert_eq!(client.force_close().unwrap(), HELD);
+    bench.join("web");
+    bench.proxy.assert_state("web", SnapshotState::Whole);
+    bench.proxy.drop_snapshot("web");
+    bench.cache.assert_state("web", SnapshotState::Whole);
+}
