@@ -48,7 +48,10 @@ impl Bench {
         of: impl Strategy<Value = T>,
         holds: impl Fn(&str, T),
     ) {
-        let config = Config { cases, failure_persistence: None, ..Config::default() };
+        // A case that fails may have waited for it.
+        let max_shrink_time = 20_000;
+        let config =
+            Config { cases, max_shrink_time, failure_persistence: None, ..Config::default() };
         let ran = TestRunner::new(config).run(&of, |case| {
             self.cases.set(self.cases.get() + 1);
             holds(&format!("web-{}", self.cases.get()), case);
