@@ -26,7 +26,7 @@
 //! - **An address that comes twice in a round is the peer's fault**: CRIU sends each once, in order. The order
 //!   is not asked for.
 //!
-//! Not charged for are the indexes: some 130 bytes for a run of at least one page, for each snapshot that
+//! Not charged for are the indexes: some 160 bytes for a run of at least one page, for each snapshot that
 //! holds that run cut otherwise.
 
 mod flat;
