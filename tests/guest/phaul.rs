@@ -55,7 +55,7 @@ fn phaul_migrates_a_tree_that_goes_on_writing_through_the_relay() {
         assert!(!tree.lives("a") && !tree.lives("b"));
         let rounds = rounds(&ran);
         assert!(rounds.len() >= 3, "{criu}: {rounds:?}");
-        assert!(rounds[0] >= 2 * MIB << 10, "{criu}: {rounds:?}");
+        assert!(rounds[0] >= (2 * MIB) << 10, "{criu}: {rounds:?}");
         assert!(
             rounds[1..].iter().all(|kib| (1..rounds[0] / 2).contains(kib)),
             "{criu}: {rounds:?}"

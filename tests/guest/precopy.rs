@@ -59,15 +59,14 @@ impl<'a> Rounds<'a> {
     #[track_caller]
     fn round(&mut self, action: &str, pid: u64) -> Sent {
         let (now, before) = (self.done + 1, self.link_bytes());
-        let parent = if self.done == 0 { String::new() } else { self.parent(self.done) };
+        let parent = match self.done {
+            0 => String::new(),
+            round => format!("--prev-images-dir ../{round}"),
+        };
         let options = format!("{parent} {} -t {pid} --track-mem", self.page_server());
         self.guest().criu(self.criu, action, &self.images(now), &options);
         self.done = now;
         Sent { pages: self.pages_written(), link: self.link_bytes() - before }
-    }
-
-    fn parent(&self, round: u32) -> String {
-        format!("--prev-images-dir ../{round}")
     }
 
     fn images(&self, round: u32) -> String {

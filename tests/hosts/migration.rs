@@ -56,14 +56,18 @@ fn two_dumps_at_once_share_the_sockets_and_two_restores_get_one_each() {
         dump[6] = format!("/tmp/{name}");
         bed.spawn(Host::A, &dump)
     });
-    dumps.into_iter().for_each(|dump| drop(finish(dump)));
+    for dump in dumps {
+        drop(finish(dump));
+    }
     let restores = workloads.each_ref().map(|(name, _, _)| {
         bed.ok(Host::B, &["mkdir", "-p", &format!("/tmp/{name}")]);
         let mut restore = Bed::restore(Host::B.work_dir()).map(str::to_owned);
         restore[7] = format!("/tmp/{name}");
         bed.spawn(Host::B, &restore)
     });
-    restores.into_iter().for_each(|restore| drop(finish(restore)));
+    for restore in restores {
+        drop(finish(restore));
+    }
     for (name, pid, before) in &workloads {
         assert_eq!(bed.ask(Host::B, name, pid).checksum, before.checksum, "{name}");
     }
@@ -92,7 +96,9 @@ fn twenty_processes_dumped_at_once_each_from_a_directory_of_its_own() {
         bed.spawn(Host::A, &dump)
     };
     let dumps: Vec<_> = workloads.iter().map(spawn_dump).collect();
-    dumps.into_iter().for_each(|dump| drop(finish(dump)));
+    for dump in dumps {
+        drop(finish(dump));
+    }
     for (name, pid, dir, before) in &workloads {
         let mut restore = Bed::restore(dir);
         restore[7] = dir;
