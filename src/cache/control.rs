@@ -1,6 +1,5 @@
 //! The cache behind its control socket.
 
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 
@@ -80,7 +79,7 @@ impl Backend for Control {
             ));
         }
         let cache = self.0.clone();
-        let socket = Socket::from(request.listening, socket).map_err(unusable)?;
+        let socket = Socket::from(request.listening, socket).map_err(Refusal::unusable)?;
         let (key, source) = if request.reading == Reading::Look {
             let key = cache.store.key_of(&request.id).ok_or(Refusal::NoSuchSnapshot)?;
             (key, Source::Look(key))
@@ -111,7 +110,7 @@ impl Backend for Control {
         }
         let cache = self.0.clone();
         let key = cache.store.key_of(&request.id).ok_or(Refusal::NoSuchSnapshot)?;
-        let socket = PagesSocket::from(request.listening, socket).map_err(unusable)?;
+        let socket = PagesSocket::from(request.listening, socket).map_err(Refusal::unusable)?;
         match socket {
             PagesSocket::Connected(stream) => {
                 tokio::task::spawn_local(pages::serve(cache, stream, Whose::Named(key)));
@@ -138,11 +137,6 @@ impl Backend for Control {
         };
         self.0.store.find(id, files).ok_or(Refusal::NoSuchSnapshot)?
     }
-}
-
-#[allow(clippy::needless_pass_by_value)] // for map_err
-fn unusable(error: io::Error) -> Refusal {
-    Refusal::Refused(format!("the socket cannot be used: {error}"))
 }
 
 fn no_view(id: &str, why: &NoFiles) -> Refusal {

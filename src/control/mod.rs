@@ -8,6 +8,7 @@
 //! replies one connection after the other, so that one peer that does not read would stop all.
 //! Here every connection is a task of its own, with limits on what it may send (`guard.rs`).
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -126,6 +127,14 @@ pub enum Refusal {
     /// It will not, in words that tell the user why.
     #[error("{0}")]
     Refused(String),
+}
+
+impl Refusal {
+    /// A socket that was handed over cannot be registered.
+    #[allow(clippy::needless_pass_by_value)] // for map_err
+    pub fn unusable(error: io::Error) -> Refusal {
+        Refusal::Refused(format!("the socket cannot be used: {error}"))
+    }
 }
 
 impl<B: Backend + ?Sized> Backend for Rc<B> {

@@ -1,7 +1,6 @@
 //! `view`: a directory of CRIU's images, in which the pages are links into the cache's memory.
 
 use std::fs::File;
-use std::path::Path;
 
 use serde_json::json;
 
@@ -15,6 +14,7 @@ use super::written::Written;
 use crate::control::Reading;
 use crate::control::model::{ImageFile, Role};
 use crate::criu::names::check_name;
+use crate::criu::pages::pages_id;
 
 /// Makes the directory, or leaves nothing behind.
 pub(super) async fn run(daemon: &Daemon, output: Output, view: &View) -> Result<(), Failure> {
@@ -32,7 +32,8 @@ pub(super) async fn run(daemon: &Daemon, output: Output, view: &View) -> Result<
     let (mut session, theirs) = Session::new()
         .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
     client.open(&id, None, Reading::Look, theirs).await?;
-    let (links, files): (Vec<_>, Vec<_>) = images.iter().partition(|image| has_pages(&image.name));
+    let (links, files): (Vec<_>, Vec<_>) =
+        images.iter().partition(|image| pages_id(&image.name).is_some());
     let bytes = |images: &[&ImageFile]| images.iter().map(|image| image.bytes).sum::<u64>();
     let bar = progress(clean(&id), Some(bytes(&files)));
     for image in &files {
@@ -53,11 +54,6 @@ pub(super) async fn run(daemon: &Daemon, output: Output, view: &View) -> Result<
         let (written, linked) = (size(written), size(linked));
         format!("{id}: {files} images, {written}, and {links} links to {linked} of pages in {dir}")
     })
-}
-
-/// Whether an image has the pages of a process: all the others are small.
-fn has_pages(name: &str) -> bool {
-    name.starts_with("pages-") && Path::new(name).extension().is_some_and(|end| end == "img")
 }
 
 fn link(written: &mut Written, image: &ImageFile) -> Result<(), Failure> {

@@ -9,7 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use rustix::net::getsockname;
 use rustix::net::sockopt::socket_peercred;
 
-use crate::sys::connected::{Peer, Stream};
+use super::sessions::is_admitted;
+use crate::sys::connected::{Peer, Stream, canonical};
 
 /// The state of a connection that neither end has closed (`include/net/tcp_states.h`).
 const ESTABLISHED: &str = "01";
@@ -34,8 +35,8 @@ pub enum NotAdmitted {
     Io(#[from] io::Error),
 }
 
-/// Checks that a peer may connect: that it is a process of this machine, root's, the daemon's own user's, or
-/// one's of `allowed`. Peers of other machines are only let in if that is `insecure`, whoever they are.
+/// Checks that a peer may connect: that it is a process of this machine, of a user who [may](is_admitted). Peers of
+/// other machines are only let in if that is `insecure`, whoever they are.
 pub fn admit_stream(stream: &Stream, allowed: &[u32], insecure: bool) -> Result<(), NotAdmitted> {
     let uid = match stream.peer() {
         Peer::Unix => socket_peercred(stream).map_err(io::Error::from)?.uid.as_raw(),
@@ -43,9 +44,7 @@ pub fn admit_stream(stream: &Stream, allowed: &[u32], insecure: bool) -> Result<
         Peer::Tcp(_) if insecure => return Ok(()),
         Peer::Tcp(_) => return Err(NotAdmitted::NotLocal),
     };
-    let own = rustix::process::geteuid().as_raw();
-    let admitted = uid == 0 || uid == own || allowed.contains(&uid);
-    if admitted { Ok(()) } else { Err(NotAdmitted::NotAllowed(uid)) }
+    if is_admitted(uid, allowed) { Ok(()) } else { Err(NotAdmitted::NotAllowed(uid)) }
 }
 
 /// The user at the other end of a connection within this machine.
@@ -91,10 +90,6 @@ fn address(text: &str) -> Option<SocketAddr> {
         _ => return None,
     };
     Some(canonical(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?)))
-}
-
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 #[cfg(test)]

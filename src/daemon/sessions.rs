@@ -62,8 +62,12 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Who is connected, if they may be: root, the daemon's own user, and `allowed`. A refusal is
-/// logged.
+/// Whether a user may connect: root, the daemon's own user, and `allowed`.
+pub fn is_admitted(uid: u32, allowed: &[u32]) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw() || allowed.contains(&uid)
+}
+
+/// Who is connected, if they [may be](is_admitted). A refusal is logged.
 pub fn admit(socket: &UnixStream, allowed: &[u32]) -> Option<Peer> {
     let message_id = journal::PEER_REFUSED;
     let credentials = match socket.peer_cred() {
@@ -74,8 +78,7 @@ pub fn admit(socket: &UnixStream, allowed: &[u32]) -> Option<Peer> {
         }
     };
     let peer = Peer { uid: credentials.uid(), pid: credentials.pid().unwrap_or(0) };
-    let own = rustix::process::geteuid().as_raw();
-    let admitted = peer.uid == 0 || peer.uid == own || allowed.contains(&peer.uid);
+    let admitted = is_admitted(peer.uid, allowed);
     if !admitted {
         let criu_peer = tracing::field::display(peer);
         tracing::warn!(message_id, criu_peer, "{peer} is refused: its uid is not in allow-uids");

@@ -1,6 +1,5 @@
 //! The proxy behind its control socket.
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -77,7 +76,7 @@ impl Backend for Control {
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
         let proxy = self.0.clone();
         let cache = proxy.cache_for(request.to.as_deref())?;
-        let socket = Socket::from(request.listening, socket).map_err(unusable)?;
+        let socket = Socket::from(request.listening, socket).map_err(Refusal::unusable)?;
         let before = proxy.records.find(&request.id);
         let record = proxy.awaited(&request.id, &cache)?;
         if let Some(before) = before {
@@ -103,7 +102,7 @@ impl Backend for Control {
         let proxy = self.0.clone();
         let OpenPages { id, parent, to, listening } = request;
         let cache = proxy.cache_for(to.as_deref())?;
-        let socket = PagesSocket::from(listening, socket).map_err(unusable)?;
+        let socket = PagesSocket::from(listening, socket).map_err(Refusal::unusable)?;
         // A directory may be open for the images of the same dump.
         let beside = proxy.records.find(&id).filter(|record| {
             record.state() == SnapshotState::Awaited && record.info().peer == cache
@@ -148,11 +147,6 @@ impl Proxy {
             ))
         })
     }
-}
-
-#[allow(clippy::needless_pass_by_value)] // for map_err
-fn unusable(error: io::Error) -> Refusal {
-    Refusal::Refused(format!("the socket cannot be used: {error}"))
 }
 
 async fn serve(proxy: Rc<Proxy>, socket: UnixStream, target: Target) -> bool {

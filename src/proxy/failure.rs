@@ -1,5 +1,7 @@
 //! Why a dump fails.
 
+use std::time::Duration;
+
 use crate::criu::capture::Fault;
 use crate::daemon::sessions::BadSession;
 
@@ -32,6 +34,11 @@ pub(super) enum Failure {
 }
 
 impl Failure {
+    /// The cache has not said in time whether it accepts something.
+    pub(super) fn unanswered(limit: Duration) -> Failure {
+        Failure::Lost(format!("the cache did not answer within {limit:?}"))
+    }
+
     /// The image that it concerns, if it is one.
     pub(super) fn image(&self) -> Option<&str> {
         match self {

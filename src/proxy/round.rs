@@ -34,8 +34,7 @@ impl Round {
     ) -> Result<Round, Failure> {
         let upload = connection.begin_round(id, parent).await;
         let ready = timeout(limit, upload.ready()).await;
-        ready
-            .map_err(|_| Failure::Lost(format!("the cache did not answer within {limit:?}")))??;
+        ready.map_err(|_| Failure::unanswered(limit))??;
         let parents = connection.take_spaces(upload.snapshot);
         Ok(Round { upload, parents, spaces: 0, bytes: 0 })
     }

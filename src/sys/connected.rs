@@ -216,7 +216,7 @@ impl AsFd for Stream {
 }
 
 /// An IPv4 peer of an IPv6 socket is shown and judged as what it is.
-fn canonical(address: SocketAddr) -> SocketAddr {
+pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 

@@ -75,6 +75,14 @@ fn send(client: &mut PageClient, memory: &Contained) {
     }
 }
 
+/// A round of snapshot `web` that the cache holds, and who may go on with the next.
+fn held_round(bench: &Bench) -> PageClient {
+    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
+    send(&mut client, &memory(1..4));
+    assert_eq!(client.force_close().unwrap(), HELD);
+    client
+}
+
 #[test]
 fn a_round_is_not_held_before_the_cache_says_so() {
     let (bench, network) = bench_over(&[]);
@@ -295,17 +303,13 @@ fn images_that_end_before_a_round_has_are_no_snapshot() {
 #[test]
 fn pages_of_a_snapshot_that_is_given_up_at_the_proxy_are_not_held() {
     let bench = Bench::start();
-    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
-    send(&mut client, &memory(1..4));
-    assert_eq!(client.force_close().unwrap(), HELD);
+    let _client = held_round(&bench);
     bench.proxy.drop_snapshot("web");
     bench.cache.assert_held(0);
     assert!(eventually(|| bench.cache.show("web").is_none()));
 
     // Also while images are coming to join them.
-    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
-    send(&mut client, &memory(1..4));
-    assert_eq!(client.force_close().unwrap(), HELD);
+    let _client = held_round(&bench);
     let mut dump = Criu::in_dir_of("web", &bench.proxy);
     dump.write("core-1.img", RECORDS);
     bench.cache.assert_state("web", SnapshotState::Receiving);
@@ -314,9 +318,7 @@ fn pages_of_a_snapshot_that_is_given_up_at_the_proxy_are_not_held() {
     assert!(eventually(|| bench.cache.show("web").is_none()));
 
     // What is whole is nobody's to give up at the proxy.
-    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Long);
-    send(&mut client, &memory(1..4));
-    assert_eq!(client.force_close().unwrap(), HELD);
+    let _client = held_round(&bench);
     bench.join("web");
     bench.proxy.assert_state("web", SnapshotState::Whole);
     bench.proxy.drop_snapshot("web");

@@ -10,7 +10,6 @@ use tracing::Instrument;
 use super::read::Found;
 use super::snapshot::{Snapshot, Writing};
 use super::task::{Next, Task, take};
-use super::write::unanswered;
 use super::{Refusal, read};
 use crate::config::{ProxySettings, Reads};
 use crate::criu::remote::{PARENT, Reply};
@@ -193,7 +192,7 @@ impl Session {
                 upload.list(list).await;
                 if acknowledge {
                     let ready = timeout(limit, upload.ready()).await;
-                    ready.unwrap_or_else(|_| Err(unanswered(limit)))?;
+                    ready.unwrap_or_else(|_| Err(Failure::unanswered(limit)))?;
                 }
                 Ok::<_, Failure>(())
             };

@@ -88,11 +88,7 @@ async fn hear(
         }
         Err(lost(upload.fate().await))
     };
-    timeout(limit, heard).await.unwrap_or_else(|_| Err(unanswered(limit)))
-}
-
-pub(super) fn unanswered(limit: Duration) -> Failure {
-    Failure::Lost(format!("the cache did not answer within {limit:?}"))
+    timeout(limit, heard).await.unwrap_or_else(|_| Err(Failure::unanswered(limit)))
 }
 
 fn damaged(name: &str, bad: BadClient) -> Failure {
