@@ -10,6 +10,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use clap::Args;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 use tokio::select;
@@ -17,6 +18,7 @@ use tokio::select;
 use super::exit::{Exit, Failure};
 use super::interrupts::Interrupts;
 use super::print::clean;
+use super::work_dir::WorkDir;
 
 /// CRIU's log, in its directory.
 pub(super) const LOG: &str = "criu.log";
@@ -26,6 +28,30 @@ const OUTPUT: &str = "criu.out";
 const TAIL: u64 = 64 << 10;
 /// So many lines of it are told.
 const LINES: usize = 8;
+
+/// Which CRIU is run, and where: the options of commands that run it.
+#[derive(Debug, Args)]
+pub(super) struct CriuArgs {
+    /// The criu to run
+    #[arg(long, value_name = "PATH", default_value = "criu")]
+    pub(super) criu: PathBuf,
+
+    /// Where the work directory for CRIU's small images, sockets and logs is made: on a tmpfs; by
+    /// default /run/criu-image, or the user's runtime directory
+    #[arg(long, value_name = "DIR")]
+    pub(super) work_dir: Option<PathBuf>,
+
+    /// Keep the work directory; otherwise it is removed, also after a failure
+    #[arg(long)]
+    pub(super) keep: bool,
+}
+
+impl CriuArgs {
+    /// Makes the work directory, whose name begins with `what`.
+    pub(super) fn make_work_dir(&self, what: &str) -> Result<WorkDir, Failure> {
+        WorkDir::make(self.work_dir.as_deref(), what, self.keep)
+    }
+}
 
 /// A run of CRIU, before it is one.
 #[derive(Debug, Clone, PartialEq, Eq)]

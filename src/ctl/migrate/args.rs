@@ -1,12 +1,12 @@
 //! `migrate`: its command line.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
 use crate::ctl::cli::duration;
+use crate::ctl::criu::CriuArgs;
 
 /// What follows the options in the help and the man page.
 pub(in crate::ctl) const HELP: &str = "\
@@ -61,18 +61,8 @@ pub(in crate::ctl) struct Migrate {
     #[arg(long)]
     pub(in crate::ctl) leave_running: bool,
 
-    /// The criu to run
-    #[arg(long, value_name = "PATH", default_value = "criu")]
-    pub(in crate::ctl) criu: PathBuf,
-
-    /// Where the work directory for CRIU's small images and logs is made: on a tmpfs; by default
-    /// /run/criu-image, or the user's runtime directory
-    #[arg(long, value_name = "DIR")]
-    pub(in crate::ctl) work_dir: Option<PathBuf>,
-
-    /// Keep the work directory; otherwise it is removed, also after a failure
-    #[arg(long)]
-    pub(in crate::ctl) keep: bool,
+    #[command(flatten)]
+    pub(in crate::ctl) criu: CriuArgs,
 
     /// Print the criu commands and do nothing
     #[arg(long)]

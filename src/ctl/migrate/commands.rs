@@ -81,7 +81,7 @@ impl Commands<'_> {
         let mut arguments = vec![action.into()];
         arguments.extend(rest);
         let what = format!("criu {action}");
-        Run { program: self.args.criu.clone(), what, arguments, environment: Vec::new() }
+        Run { program: self.args.criu.criu.clone(), what, arguments, environment: Vec::new() }
     }
 }
 

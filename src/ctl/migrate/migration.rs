@@ -53,7 +53,7 @@ impl<'a> Migration<'a> {
     ) -> Result<Migration<'a>, Failure> {
         let begun = Instant::now();
         let what = format!("migrate-{}", args.tree);
-        let work_dir = WorkDir::make(args.work_dir.as_deref(), &what, args.keep)?;
+        let work_dir = args.criu.make_work_dir(&what)?;
         let tracking = tracking(args, work_dir.path(), interrupts).await?;
         // CRIU runs its scripts in another directory.
         let proxy = std::path::absolute(client.path())

@@ -73,7 +73,7 @@ fn snapshot_id(args: &Migrate) -> Result<String, Failure> {
 
 /// Prints what would be run, with as many rounds as it takes to see how they follow each other.
 fn dry_run(output: Output, args: &Migrate, id: String) -> Result<(), Failure> {
-    let work_dir = args.work_dir.clone().unwrap_or_else(|| "WORK-DIR".into());
+    let work_dir = args.criu.work_dir.clone().unwrap_or_else(|| "WORK-DIR".into());
     let commands = |rounds| Commands { args, work_dir: &work_dir, page_server: None, rounds };
     let rounds = args.max_rounds.min(2);
     let mut runs: Vec<Run> = Vec::new();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::ctl::cli::duration;
+use crate::ctl::criu::CriuArgs;
 
 /// What follows the options in the help and the man page.
 pub(in crate::ctl) const HELP: &str = "\
@@ -34,18 +35,8 @@ pub(in crate::ctl) struct Restore {
     #[arg(long, value_name = "FILE")]
     pub(in crate::ctl) pidfile: Option<PathBuf>,
 
-    /// The criu to run
-    #[arg(long, value_name = "PATH", default_value = "criu")]
-    pub(in crate::ctl) criu: PathBuf,
-
-    /// Where the work directory for CRIU's socket and logs is made; by default /run/criu-image, or
-    /// the user's runtime directory
-    #[arg(long, value_name = "DIR")]
-    pub(in crate::ctl) work_dir: Option<PathBuf>,
-
-    /// Keep the work directory; otherwise it is removed, also after a failure
-    #[arg(long)]
-    pub(in crate::ctl) keep: bool,
+    #[command(flatten)]
+    pub(in crate::ctl) criu: CriuArgs,
 
     /// The snapshot's id
     pub(in crate::ctl) snapshot: String,

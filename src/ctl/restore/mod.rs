@@ -17,7 +17,6 @@ use super::criu::{LOG, Run};
 use super::exit::{Exit, Failure};
 use super::interrupts::Interrupts;
 use super::print::{Output, clean, size};
-use super::work_dir::WorkDir;
 use super::{reach, wait};
 use crate::control::Reading;
 use crate::control::model::Role;
@@ -36,7 +35,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     let pidfile = pidfile.map_err(|error| Failure::usage(format!("--pidfile: {error}")))?;
     let mut interrupts = Interrupts::catch()?;
     let mut client = reach::only(daemon, Role::Cache, "restore").await?;
-    let work_dir = WorkDir::make(args.work_dir.as_deref(), "restore", args.keep)?;
+    let work_dir = args.criu.make_work_dir("restore")?;
     let dir = work_dir.path();
     let pidfile = pidfile.unwrap_or_else(|| dir.join(PIDFILE));
 
@@ -83,7 +82,7 @@ fn criu(args: &Restore, dir: &Path, pidfile: &Path) -> Run {
     arguments.extend(["-d", "-o", LOG, "--pidfile"].map(OsString::from));
     arguments.push(pidfile.into());
     arguments.extend(args.options.iter().cloned());
-    let (program, what) = (args.criu.clone(), "criu restore".to_owned());
+    let (program, what) = (args.criu.criu.clone(), "criu restore".to_owned());
     Run { program, what, arguments, environment: Vec::new() }
 }
 
