@@ -86,7 +86,7 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
             cache,
             settings,
             socket,
-            claim: None,
+            bound: None,
             pipes: JoinSet::new(),
             serving: None,
             reading: Rc::default(),
@@ -97,7 +97,7 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
             return false;
         }
         let taken = !matches!(source, Source::Look(_)) && restore.sent.images > 0;
-        if let (Some(claim), true) = (&restore.claim, taken) {
+        if let (Some((claim, _)), true) = (&restore.bound, taken) {
             claim.taken();
             tell_taken(claim, &restore.sent, started);
         }
@@ -138,7 +138,9 @@ struct Restore<'a> {
     cache: &'a Cache,
     settings: Rc<CacheSettings>,
     socket: UnixStream,
-    claim: Option<Claim>,
+    /// The snapshot, and its images: even if it is dropped they stay until the restore ends, which may read
+    /// them by other ways, too (a view).
+    bound: Option<(Claim, Rc<Images>)>,
     pipes: JoinSet<Result<u64, Failure>>,
     /// Held once it has its snapshot: from then on the daemon's end waits for it.
     serving: Option<Session>,
@@ -161,8 +163,8 @@ impl Restore<'_> {
     /// may only be told that there is none when nothing more can come.
     async fn images(&mut self, source: Source) -> Result<Rc<Images>, Failure> {
         let wait = async {
-            let claim = match self.claim.take() {
-                Some(claim) => claim,
+            let claim = match self.bound.take() {
+                Some((claim, _)) => claim,
                 None => claim(self.cache, source).await,
             };
             let images = claim.images().await;
@@ -178,8 +180,9 @@ impl Restore<'_> {
                 tracing::Span::current().record("criu_snapshot", id);
             }
         }
-        self.claim = Some(claim);
-        Ok(images?)
+        let images = images?;
+        self.bound = Some((claim, images.clone()));
+        Ok(images)
     }
 
     async fn answer(
