@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -50,6 +50,10 @@ impl Store {
             ended_ms: 3_000,
         };
         self.lock().insert(id.to_owned(), Held { snapshot, images });
+    }
+
+    fn is(&self, id: &str, state: SnapshotState) -> bool {
+        self.lock().get(id).is_some_and(|held| held.snapshot.state == state)
     }
 
     fn damage(&self, id: &str, reason: &str) {
@@ -119,13 +123,27 @@ impl Backend for Fake {
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
         self.opened.lock().unwrap().push(request.clone());
+        let (store, manner, role) = (self.store.clone(), self.manner, self.role);
+        let id = request.id;
+        let reading = request.reading;
+        if role == Role::Cache && reading == Reading::Take && store.is(&id, SnapshotState::Taken) {
+            return Err(Refusal::Refused(format!("a restore has taken snapshot {id}")));
+        }
+        if request.listening && role == Role::Cache {
+            std::thread::spawn(move || {
+                let listener = UnixListener::from(socket);
+                listener.set_nonblocking(false).unwrap();
+                for socket in listener.incoming() {
+                    serve_images(socket.unwrap(), &id, &store, manner, reading);
+                }
+            });
+            return Ok(());
+        }
         if request.listening {
             // Somebody has to keep it open.
             std::mem::forget(socket);
             return Ok(());
         }
-        let (store, manner, role) = (self.store.clone(), self.manner, self.role);
-        let id = request.id;
         if role == Role::Proxy {
             if store.lock().contains_key(&id) {
                 return Err(Refusal::Refused(format!("snapshot {id} is there already")));
@@ -137,7 +155,7 @@ impl Backend for Fake {
             socket.set_nonblocking(false).unwrap();
             match role {
                 Role::Proxy => capture(socket, &id, &store, manner),
-                Role::Cache => serve_images(socket, &id, &store, manner),
+                Role::Cache => serve_images(socket, &id, &store, manner, reading),
             }
         });
         Ok(())
@@ -205,7 +223,8 @@ fn capture(mut socket: UnixStream, id: &str, store: &Store, manner: Manner) {
     held.get_mut(id).unwrap().snapshot.state = SnapshotState::Whole;
 }
 
-fn serve_images(mut socket: UnixStream, id: &str, store: &Store, manner: Manner) {
+fn serve_images(mut socket: UnixStream, id: &str, store: &Store, manner: Manner, reading: Reading) {
+    let mut read = false;
     while let Some(name) = next_request(&mut socket) {
         let bytes = store.lock()[id].images.get(&name).cloned();
         socket.write_all(&encode_reply(bytes.is_some())).unwrap();
@@ -213,6 +232,10 @@ fn serve_images(mut socket: UnixStream, id: &str, store: &Store, manner: Manner)
         let Some(mut pipe) = next_pipe(&socket) else { return };
         let cut = usize::from(manner == Manner::CutsShort);
         pipe.write_all(&bytes[..bytes.len() - cut]).unwrap();
+        read = true;
+    }
+    if read && reading != Reading::Look {
+        store.lock().get_mut(id).unwrap().snapshot.state = SnapshotState::Taken;
     }
 }
 
@@ -254,9 +277,30 @@ impl Daemon {
 
     /// Runs the command against this daemon.
     fn ctl(&self, arguments: &[&str]) -> Ran {
+        Ran(self.command(arguments).output().unwrap())
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = imagectl();
         command.arg("--socket").arg(&self.socket).args(arguments);
-        Ran(command.output().unwrap())
+        command
+    }
+
+    /// Nothing is left of a work directory.
+    #[track_caller]
+    fn is_clean(&self) {
+        let left = fs::read_dir(self.dir.path()).unwrap().flatten();
+        let left: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        let of_a_run = |name: &String| name.starts_with("migrate-") || name.starts_with("restore-");
+        assert!(!left.iter().any(of_a_run), "{left:?}");
+    }
+
+    /// A script in place of CRIU.
+    fn criu(&self, script: &str) -> PathBuf {
+        let path = self.path("criu");
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
     }
 }
 
@@ -537,9 +581,7 @@ fn a_page_server_is_opened_beside_the_socket() {
 
 /// Migrates a process that only sleeps, with a script in place of CRIU.
 fn migrate_with(proxy: &Daemon, criu: &str, options: &[&str]) -> Ran {
-    let script = proxy.path("criu");
-    fs::write(&script, format!("#!/bin/sh\n{criu}\n")).unwrap();
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let script = proxy.criu(criu);
     let mut process = Command::new("sleep").arg("60").spawn().unwrap();
     let pid = process.id().to_string();
     let mut arguments = vec!["migrate", "-t", &pid, "--snapshot", "web", "--criu", utf8(&script)];
@@ -548,9 +590,7 @@ fn migrate_with(proxy: &Daemon, criu: &str, options: &[&str]) -> Ran {
     let ran = proxy.ctl(&arguments);
     process.kill().unwrap();
     process.wait().unwrap();
-    let left = fs::read_dir(proxy.dir.path()).unwrap().flatten();
-    let left: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
-    assert!(!left.iter().any(|name| name.starts_with("migrate-")), "{left:?}");
+    proxy.is_clean();
     ran
 }
 
@@ -623,6 +663,88 @@ fn a_dry_run_prints_commands_and_a_restore_waits_no_longer_than_it_may() {
     cache.store.put("web", SnapshotState::Whole, &[("core-7.img", b"core")]);
     let no_criu = ["restore", "web", "--criu", "/nonexistent", "--work-dir", parent];
     cache.ctl(&no_criu).exits(1).complains("/nonexistent cannot be run");
+}
+
+/// Restores the snapshot `web` from a view, with a script in place of CRIU.
+fn restore_with(cache: &Daemon, criu: &str, options: &[&str]) -> Ran {
+    let script = cache.criu(criu);
+    let mut arguments = vec!["--json", "restore", "--view", "web", "--criu", utf8(&script)];
+    arguments.extend(["--work-dir", utf8(cache.dir.path())]);
+    arguments.extend(options);
+    let ran = cache.ctl(&arguments);
+    cache.is_clean();
+    ran
+}
+
+#[test]
+fn a_snapshot_that_is_viewed_is_taken_when_criu_has_restored_it_and_not_before() {
+    let cache = Daemon::honest(Role::Cache);
+    viewed(&cache);
+    let failing = "echo 'Error (criu/x.c:1): no' >&2; exit 1";
+    let failed = restore_with(&cache, failing, &[]).exits(1).complains("Error (criu/x.c:1): no");
+    assert!(failed.err().contains("criu-imagectl restore --view web"), "{}", failed.err());
+    assert!(cache.store.is("web", SnapshotState::Whole));
+
+    // restore -D VIEW -W DIR -d -o LOG --pidfile FILE
+    let (ctl, socket) = (env!("CARGO_BIN_EXE_criu-imagectl"), cache.socket.display());
+    let restoring = format!(
+        "[ $1 = restore ] && [ $2 = -D ] && [ $4 = -W ] && [ $9 = --pidfile ] &&
+         [ \"$(cat $3/inventory.img $3/pages-1.img)\" = inventorypages ] && [ -L $3/pages-1.img ] &&
+         {ctl} --json --socket {socket} show web | grep -q '\"state\": \"whole\"' && echo 4711 >${{10}}"
+    );
+    let restored = restore_with(&cache, &restoring, &[]).exits(0).json();
+    assert_eq!((&restored["snapshot"], &restored["pid"]), (&"web".into(), &4711.into()));
+    assert_eq!((&restored["images"], &restored["bytes"]), (&3.into(), &17.into()));
+    assert!(cache.store.is("web", SnapshotState::Taken));
+
+    restore_with(&cache, &restoring, &[]).exits(1).complains("has taken snapshot web");
+    let failed = restore_with(&cache, "exit 1", &["--again"]).exits(1);
+    assert!(failed.err().contains("restore --view --again web"), "{}", failed.err());
+    restore_with(&cache, "exit 0", &["--again"]).exits(0);
+}
+
+#[test]
+fn criu_is_not_run_on_what_cannot_be_viewed() {
+    let cache = Daemon::honest(Role::Cache);
+    let ran = cache.path("ran");
+    let criu = format!("touch {}", utf8(&ran));
+    restore_with(&cache, &criu, &["--timeout", "200ms"]).exits(6).complains("it has not come");
+    viewed(&cache);
+    fs::remove_file(cache.path("fds/pages-1.img")).unwrap();
+    restore_with(&cache, &criu, &[]).exits(1).complains("pages-1.img cannot be opened");
+    assert!(cache.store.is("web", SnapshotState::Whole));
+    cache.store.damage("web", "cut short");
+    restore_with(&cache, &criu, &[]).exits(5).complains("cut short");
+    assert!(!ran.exists());
+}
+
+#[test]
+fn a_restore_that_waits_ends_when_it_is_interrupted_or_another_has_taken_the_snapshot() {
+    for options in [&[][..], &["--view"]] {
+        let cache = Daemon::honest(Role::Cache);
+        let mut restore = vec!["restore", "web", "--work-dir", utf8(cache.dir.path())];
+        restore.extend(options);
+        let begin = |number| {
+            let mut command = cache.command(&restore);
+            let waiting = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            while cache.opened.lock().unwrap().len() < number {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            waiting
+        };
+        let waiting = begin(1);
+        let pid = rustix::process::Pid::from_child(&waiting);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        let ended = Ran(waiting.wait_with_output().unwrap()).exits(8);
+        ended.complains("interrupted before snapshot web was whole");
+        cache.is_clean();
+
+        let waiting = begin(2);
+        cache.store.put("web", SnapshotState::Taken, &[]);
+        let ended = Ran(waiting.wait_with_output().unwrap()).exits(1);
+        ended.complains("another restore has taken snapshot web");
+        cache.is_clean();
+    }
 }
 
 #[test]

@@ -71,10 +71,13 @@ pub(super) fn receive(
             Err(Failure::failed(format!("{path}: {bytes} bytes came, the cache has {expected}")))
         }
         Ok(None) => Err(Failure::failed(format!("{name}: the cache no longer has it"))),
-        Err(error) if is_close(&error) => {
-            Err(Failure::failed(format!("{name}: the cache ended the session"))
-                .cure("its journal says why: journalctl -u criu-image-cache"))
-        }
+        Err(error) if is_close(&error) => Err(session_ended(name)),
         Err(error) => Err(Failure::failed(format!("{path}: {error}"))),
     }
+}
+
+/// The cache closed a session in which `what` was asked for.
+pub(super) fn session_ended(what: &str) -> Failure {
+    Failure::failed(format!("{what}: the cache ended the session"))
+        .cure("its journal says why: journalctl -u criu-image-cache")
 }

@@ -1,18 +1,21 @@
-//! The other side of CRIU's stream protocol: `push` is a dump to the proxy, `extract` a restore to
-//! the cache.
+//! The other side of CRIU's stream protocol: `push` is a dump to the proxy, `extract` and `restore --view`
+//! are restores to the cache.
 //!
 //! This is a command with one thing to do, so it blocks, as CRIU does.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use indicatif::ProgressBar;
 
 use crate::criu::stream::{HEADER_LEN, decode_reply, encode_request, request_len};
 use crate::sys::pump;
 use crate::sys::scm::send_descriptor;
+use crate::sys::unix;
 
 /// A session of the stream protocol.
 #[derive(Debug)]
@@ -23,6 +26,11 @@ impl Session {
     pub(super) fn new() -> io::Result<(Session, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
         Ok((Session(ours), theirs.into()))
+    }
+
+    /// Begins a session with the daemon that listens at `path`.
+    pub(super) fn connect(path: &Path) -> io::Result<Session> {
+        unix::connect(path).map(Session)
     }
 
     /// Sends an image, as a dump does, and gives how many bytes it had.
@@ -43,8 +51,7 @@ impl Session {
         file: &File,
         bar: &ProgressBar,
     ) -> io::Result<Option<u64>> {
-        self.0.write_all(&encode_request(name))?;
-        if !self.reply()? {
+        if !self.ask(name)? {
             return Ok(None);
         }
         let (out, into) = pump::pipe()?;
@@ -54,7 +61,9 @@ impl Session {
         pump::to_file(&out, file, &mut |moved| bar.inc(moved)).map(Some)
     }
 
-    fn reply(&mut self) -> io::Result<bool> {
+    /// Asks for an image, as a restore does, and gives whether there is one; then a pipe has to follow.
+    pub(super) fn ask(&mut self, name: &str) -> io::Result<bool> {
+        self.0.write_all(&encode_request(name))?;
         let mut header = [0; HEADER_LEN];
         self.0.read_exact(&mut header)?;
         let len = request_len(header).map_err(invalid)?;
@@ -62,8 +71,17 @@ impl Session {
         self.0.read_exact(&mut message)?;
         decode_reply(&message).map_err(invalid)
     }
+
+    /// Ends the session, and waits until the daemon has heard it.
+    pub(super) fn end(mut self) -> io::Result<()> {
+        self.0.shutdown(Shutdown::Write)?;
+        match self.0.read(&mut [0])? {
+            0 => Ok(()),
+            _ => Err(invalid("the daemon spoke out of turn")),
+        }
+    }
 }
 
-fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
+fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }

@@ -1,12 +1,31 @@
 //! A process moves by one command on each side, and systemd runs the one on host B.
 
-use crate::bed::{Bed, Host, wait_until};
+use serde_json::Value;
+
+use crate::bed::{BOTH, Bed, Host, wait_until};
 
 const UNIT: &str = "criu-image-restore@web.service";
 
 fn unit(bed: &Bed, property: &str) -> String {
     let shown = bed.ok(Host::B, &["systemctl", "show", "-P", property, UNIT]);
     shown.trim().to_owned()
+}
+
+/// Moves a process away from host A.
+#[track_caller]
+fn migrate(bed: &Bed, pid: &str) -> Value {
+    bed.ctl(Host::A, &["migrate", "-t", pid, "--snapshot", "web", "--max-downtime", "1min"])
+}
+
+#[track_caller]
+fn nothing_is_left(bed: &Bed) {
+    for host in BOTH {
+        let left = bed.ok(
+            host,
+            &["find", "/run/criu-image", "-name", "migrate-*", "-o", "-name", "restore-*"],
+        );
+        assert_eq!(left, "");
+    }
 }
 
 /// The kernel here may or may not track dirty pages: then there are rounds, else only the final dump.
@@ -18,9 +37,7 @@ fn a_process_migrates_and_is_restored_by_a_unit_which_it_outlives() {
     bed.ok(Host::B, &["systemctl", "start", "--no-block", UNIT]);
     wait_until("the restore waits", || unit(&bed, "ActiveState") == "activating");
 
-    let migrate = ["migrate", "-t", &pid, "--snapshot", "web", "--max-downtime", "1min"];
-    let summary = bed.ctl(Host::A, &migrate);
-    assert_eq!(summary["outcome"], "migrated");
+    assert_eq!(migrate(&bed, &pid)["outcome"], "migrated");
     assert!(!bed.lives(Host::A, &pid));
     wait_until("the restore ends", || unit(&bed, "ActiveState") != "activating");
     assert_eq!(
@@ -32,13 +49,7 @@ fn a_process_migrates_and_is_restored_by_a_unit_which_it_outlives() {
     let after = bed.ask(Host::B, "job", &pid);
     assert_eq!((after.pid, &after.checksum), (before.pid, &before.checksum));
     wait_until("the counter goes on", || bed.ask(Host::B, "job", &pid).counter > after.counter);
-    for host in [Host::A, Host::B] {
-        let left = bed.ok(
-            host,
-            &["find", "/run/criu-image", "-name", "migrate-*", "-o", "-name", "restore-*"],
-        );
-        assert_eq!(left, "");
-    }
+    nothing_is_left(&bed);
 }
 
 #[test]
@@ -56,8 +67,61 @@ fn a_restore_that_is_stopped_while_it_waits_may_be_started_again() {
     bed.ok(Host::B, &["systemctl", "start", "--no-block", UNIT]);
     wait_until("the restore waits", || unit(&bed, "ActiveState") == "activating");
     let pid = bed.workload(Host::A, "job", 8);
-    bed.ctl(Host::A, &["migrate", "-t", &pid, "--snapshot", "web", "--max-downtime", "1min"]);
+    migrate(&bed, &pid);
     wait_until("the restore ends", || unit(&bed, "ActiveState") != "activating");
     assert_eq!(unit(&bed, "Result"), "success");
     assert_eq!(bed.ask(Host::B, "job", &pid).pid.to_string(), pid);
+}
+
+#[test]
+fn a_unit_restores_from_a_view_once() {
+    let bed = Bed::up();
+    let dir = format!("/run/systemd/system/{UNIT}.d");
+    let settings = "[Service]\nEnvironment=RESTORE_OPTIONS=--view\n";
+    bed.ok(Host::B, &["sh", "-c", &format!("mkdir -p {dir}; printf '{settings}' >{dir}/a.conf")]);
+    bed.ok(Host::B, &["systemctl", "daemon-reload"]);
+    bed.ok(Host::B, &["systemctl", "start", "--no-block", UNIT]);
+    wait_until("the restore waits", || unit(&bed, "ActiveState") == "activating");
+
+    let pid = bed.workload(Host::A, "job", 64);
+    let before = bed.ask(Host::A, "job", &pid);
+    migrate(&bed, &pid);
+    wait_until("the restore ends", || unit(&bed, "ActiveState") != "activating");
+    assert_eq!(unit(&bed, "Result"), "success");
+    let after = bed.ask(Host::B, "job", &pid);
+    assert_eq!((after.pid, &after.checksum), (before.pid, &before.checksum));
+    assert_eq!(bed.list(Host::B)[0]["state"], "taken");
+    nothing_is_left(&bed);
+
+    let again = bed.run(Host::B, &["criu-imagectl", "restore", "--view", "web"]);
+    assert_eq!(again.status.code(), Some(1), "{again:?}");
+    let why = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(why.contains("a restore has taken snapshot web"), "{why}");
+}
+
+#[test]
+fn a_view_that_was_not_restored_is_restored_even_if_its_snapshot_is_dropped_in_the_middle() {
+    let bed = Bed::up();
+    let pid = bed.workload(Host::A, "job", 64);
+    let before = bed.ask(Host::A, "job", &pid);
+    migrate(&bed, &pid);
+    let restore = ["criu-imagectl", "restore", "--view", "web", "--", "--action-script"];
+    let failed = bed.run(Host::B, &[&restore[..], &["/bin/false"]].concat());
+    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    assert_eq!(bed.list(Host::B)[0]["state"], "whole");
+    nothing_is_left(&bed);
+
+    // CRIU has not opened the pages then.
+    let drop =
+        "[ $CRTOOLS_SCRIPT_ACTION != pre-restore ] || /usr/bin/criu-imagectl --cache drop web";
+    let write = format!("printf '#!/bin/sh\n{drop}\n' >/tmp/drop; chmod 755 /tmp/drop");
+    bed.ok(Host::B, &["sh", "-c", &write]);
+    let restored = bed.run(Host::B, &[&restore[..], &["/tmp/drop"]].concat());
+    let told = String::from_utf8_lossy(&restored.stderr).into_owned();
+    assert!(restored.status.success(), "{told}");
+    assert!(told.contains("the process runs, but the cache could not be told"), "{told}");
+    assert_eq!(bed.ask(Host::B, "job", &pid).checksum, before.checksum);
+    assert!(bed.list(Host::B).is_empty());
+    assert_eq!(bed.ctl(Host::B, &["status"])[0]["held_bytes"], 0);
+    nothing_is_left(&bed);
 }

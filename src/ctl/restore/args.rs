@@ -18,7 +18,10 @@ or by systemd, which runs the same:
 
 It waits until the snapshot is whole, then criu restores the process in the background and ends. The \
 snapshot is taken then. If that fails, CRIU's errors are told, and the snapshot may be restored once more \
-with --again.";
+with --again.
+
+With --view criu finds the images in a directory (criu restore -D), for plugins that read files. A restore \
+that fails leaves the snapshot as it was: no --again is needed then.";
 
 /// `restore`
 #[derive(Debug, Args)]
@@ -34,6 +37,11 @@ pub(in crate::ctl) struct Restore {
     /// Write the pid of the restored process to FILE
     #[arg(long, value_name = "FILE")]
     pub(in crate::ctl) pidfile: Option<PathBuf>,
+
+    /// Restore from a directory in which the pages are links into the cache's memory, instead of
+    /// through the stream; the snapshot is taken only if that succeeds
+    #[arg(long)]
+    pub(in crate::ctl) view: bool,
 
     #[command(flatten)]
     pub(in crate::ctl) criu: CriuArgs,

@@ -1,17 +1,19 @@
 //! `restore`: a process goes on from a snapshot of the cache.
 
 pub(super) mod args;
+mod viewed;
 
 use std::ffi::OsString;
 use std::fs;
 use std::future::ready;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::json;
 
 use self::args::Restore;
+use self::viewed::{VIEW, Viewed};
 use super::cli::{Daemon, Until, Wait};
 use super::criu::{LOG, Run};
 use super::exit::{Exit, Failure};
@@ -19,7 +21,7 @@ use super::interrupts::Interrupts;
 use super::print::{Output, clean, size};
 use super::{reach, wait};
 use crate::control::Reading;
-use crate::control::model::Role;
+use crate::control::model::{Role, Snapshot, SnapshotState};
 use crate::criu::names::check_id;
 use crate::criu::stream::SERVE_SOCKET;
 use crate::sys::unix;
@@ -46,23 +48,9 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     let reading = if args.again { Reading::TakeAgain } else { Reading::Take };
     client.open(id, None, reading, listener.into()).await?;
 
-    let cache = Daemon { socket: Some(client.path().to_owned()), ..Daemon::default() };
-    let wait = Wait { snapshot: id.clone(), timeout: args.timeout, until: Until::Whole };
-    let waited = interrupts.during(wait::until(&cache, &wait)).await;
-    let snapshot = waited.map_err(|_| {
-        Failure::new(Exit::Interrupted, format!("interrupted before snapshot {id} was whole"))
-    })??;
-
+    let snapshot = when_whole(client.path(), args, &mut interrupts).await?;
     let begun = Instant::now();
-    // A pid of before must not pass for the new one.
-    remove(&pidfile)?;
-    // A restore cannot be called off: it is done in a moment, or fails by itself.
-    criu(args, dir, &pidfile).run(dir, &mut interrupts, ready(())).await.map_err(|failure| {
-        failure.cure(format!(
-            "it may be tried once more, unless its process runs somewhere: criu-imagectl restore --again \
-             {id}"
-        ))
-    })?;
+    restore(client.path(), args, &snapshot, dir, &pidfile, &mut interrupts).await?;
     let pid: Option<u32> =
         fs::read_to_string(&pidfile).ok().and_then(|pid| pid.trim().parse().ok());
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -76,9 +64,78 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     })
 }
 
+/// Restores a snapshot that is whole.
+async fn restore(
+    cache: &Path,
+    args: &Restore,
+    snapshot: &Snapshot,
+    dir: &Path,
+    pidfile: &Path,
+    interrupts: &mut Interrupts,
+) -> Result<(), Failure> {
+    let mut viewed = None;
+    if args.view {
+        let made = interrupts.during(Viewed::make(cache, snapshot, dir)).await;
+        viewed = Some(made.map_err(|_| interrupted(&args.snapshot, "restored"))??);
+    }
+    // A pid of before must not pass for the new one.
+    remove(pidfile)?;
+    // A restore cannot be called off: it is done in a moment, or fails by itself.
+    let restored = criu(args, dir, pidfile).run(dir, interrupts, ready(())).await;
+    restored
+        .map_err(|failure| if failure.has_cure() { failure } else { once_more(args, failure) })?;
+    if let Some(Err(failure)) = viewed.map(Viewed::taken) {
+        let mut stderr = io::stderr();
+        let _ = writeln!(stderr, "the process runs, but the cache could not be told: {failure}");
+    }
+    Ok(())
+}
+
+/// The snapshot, once it is whole.
+async fn when_whole(
+    cache: &Path,
+    args: &Restore,
+    interrupts: &mut Interrupts,
+) -> Result<Snapshot, Failure> {
+    let id = &args.snapshot;
+    let cache = Daemon { socket: Some(cache.to_owned()), ..Daemon::default() };
+    let wait = Wait { snapshot: id.clone(), timeout: args.timeout, until: Until::Whole };
+    let waited = interrupts.during(wait::until(&cache, &wait)).await;
+    let snapshot = waited.map_err(|_| interrupted(id, "whole"))??;
+    // It was not when the socket was opened.
+    if snapshot.state == SnapshotState::Taken && !args.again {
+        let what = format!("another restore has taken snapshot {id}");
+        let cure = format!("if that one has failed: criu-imagectl restore --again {id}");
+        return Err(Failure::failed(what).cure(cure));
+    }
+    Ok(snapshot)
+}
+
+fn interrupted(id: &str, before: &str) -> Failure {
+    Failure::new(Exit::Interrupted, format!("interrupted before snapshot {id} was {before}"))
+}
+
+/// Says what to do after a restore that failed.
+fn once_more(args: &Restore, failure: Failure) -> Failure {
+    let id = &args.snapshot;
+    // Through the stream it is taken when it has been read, whatever comes of it.
+    let options = match (args.view, args.again) {
+        (false, _) => "--again",
+        (true, false) => "--view",
+        (true, true) => "--view --again",
+    };
+    failure.cure(format!(
+        "it may be tried once more, unless its process runs somewhere: criu-imagectl restore {options} {id}"
+    ))
+}
+
 fn criu(args: &Restore, dir: &Path, pidfile: &Path) -> Run {
-    let mut arguments: Vec<OsString> =
-        vec!["restore".into(), "--stream".into(), "-D".into(), dir.into()];
+    let mut arguments: Vec<OsString> = vec!["restore".into()];
+    if args.view {
+        arguments.extend(["-D".into(), dir.join(VIEW).into(), "-W".into(), dir.into()]);
+    } else {
+        arguments.extend(["--stream".into(), "-D".into(), dir.into()]);
+    }
     arguments.extend(["-d", "-o", LOG, "--pidfile"].map(OsString::from));
     arguments.push(pidfile.into());
     arguments.extend(args.options.iter().cloned());
@@ -86,7 +143,7 @@ fn criu(args: &Restore, dir: &Path, pidfile: &Path) -> Run {
     Run { program, what, arguments, environment: Vec::new() }
 }
 
-fn remove(pidfile: &PathBuf) -> Result<(), Failure> {
+fn remove(pidfile: &Path) -> Result<(), Failure> {
     match fs::remove_file(pidfile) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Failure::failed(format!("{}: {error}", pidfile.display())))
@@ -109,6 +166,16 @@ mod tests {
         assert_eq!(
             criu(&args, Path::new("/w"), Path::new("/run/web.pid")).line(),
             "criu restore --stream -D /w -d -o criu.log --pidfile /run/web.pid --shell-job -v4"
+        );
+    }
+
+    #[test]
+    fn a_view_lies_in_the_work_directory_beside_crius_logs() {
+        let words = ["criu-imagectl", "restore", "--view", "web"];
+        let Command::Restore(args) = Cli::try_parse_from(words).unwrap().command else { panic!() };
+        assert_eq!(
+            criu(&args, Path::new("/w"), Path::new("/w/pid")).line(),
+            "criu restore -D /w/view -W /w -d -o criu.log --pidfile /w/pid"
         );
     }
 }
