@@ -112,3 +112,51 @@ impl Drop for Dirtier<'_> {
         }
     }
 }
+
+/// A tree that is another one in each of three rounds: it forks twice, memory is moved and unmapped, and a process
+/// ends.
+pub(crate) struct ChangingTree<'a>(Dirtier<'a>);
+
+impl<'a> ChangingTree<'a> {
+    /// Starts its first process, in the directory `dir`.
+    #[track_caller]
+    pub(crate) fn start(guest: &'a Guest, dir: &str) -> ChangingTree<'a> {
+        ChangingTree(Dirtier::start(guest, dir, 8, 8))
+    }
+
+    /// Does what is to be done before a round, which is 0, 1 or 2.
+    #[track_caller]
+    pub(crate) fn change(&mut self, round: usize) {
+        let changes: &[_] = match round {
+            0 => &[("a", "fork b"), ("b", "dirty 1 5"), ("b", "share 1 5")],
+            1 => &[
+                ("a", "fork c"),
+                ("c", "dirty 2 3"),
+                ("a", "move 500 100"),
+                ("b", "unmap 700 200"),
+                ("c", "share 2 11"),
+            ],
+            2 => &[("b", "exit"), ("a", "dirty 3 50")],
+            _ => panic!("there is no round {round}"),
+        };
+        for (name, command) in changes {
+            self.0.tell(name, command);
+        }
+    }
+
+    /// The pid of its root.
+    #[track_caller]
+    pub(crate) fn pid(&self) -> u64 {
+        self.0.pid("a")
+    }
+
+    /// All that is left of it after the rounds is there, holds what it must, and shares what it shared.
+    #[track_caller]
+    pub(crate) fn check(&mut self) {
+        assert!(!self.0.lives("b"));
+        self.0.check("a");
+        self.0.check("c");
+        self.0.tell("c", "share 3 2");
+        self.0.check("a");
+    }
+}

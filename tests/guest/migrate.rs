@@ -17,16 +17,11 @@ impl<'a> Bed<'a> {
         Bed { guest: guest(), relay: Relay::start(guest(), dir) }
     }
 
-    fn imagectl(&self, daemon: &str, command: &str) -> String {
-        let dir = self.relay.dir;
-        format!("criu-imagectl --json --socket {dir}/{daemon}/control.sock {command}")
-    }
-
     fn migrate(&self, pid: u64, snapshot: &str, options: &str) -> Ran {
         let dir = self.relay.dir;
         let command =
             format!("migrate --tree {pid} --snapshot {snapshot} --work-dir {dir} {options}");
-        self.guest.run(&self.imagectl("proxy", &command))
+        self.guest.run(&self.relay.imagectl("proxy", &command))
     }
 
     /// Restores the snapshot, which is there.
@@ -34,7 +29,7 @@ impl<'a> Bed<'a> {
     fn restore(&self, snapshot: &str, options: &str) -> Value {
         let dir = self.relay.dir;
         let restore = format!("restore {snapshot} --timeout 10 --work-dir {dir} {options}");
-        serde_json::from_str(&self.guest.ok(&self.imagectl("cache", &restore))).unwrap()
+        self.relay.ctl("cache", &restore)
     }
 
     /// Nothing of a migration or a restore is left: no directory, no snapshot at the proxy, no CRIU.
@@ -49,15 +44,13 @@ impl<'a> Bed<'a> {
     /// The pages that came are held for nobody.
     #[track_caller]
     fn cache_holds_nothing(&self) {
-        let status = self.imagectl("cache", "status");
         wait_until("the cache gives the pages back", || {
-            let told: Value = serde_json::from_str(&self.guest.ok(&status)).unwrap();
-            told[0]["held_bytes"] == 0
+            self.relay.ctl("cache", "status")[0]["held_bytes"] == 0
         });
     }
 
     fn state(&self, snapshot: &str) -> Value {
-        let shown = self.guest.run(&self.imagectl("proxy", &format!("show {snapshot}")));
+        let shown = self.guest.run(&self.relay.imagectl("proxy", &format!("show {snapshot}")));
         match shown.status {
             0 => serde_json::from_str::<Value>(&shown.stdout).unwrap()["snapshot"]["state"].clone(),
             _ => Value::Null,
@@ -169,7 +162,7 @@ fn an_interrupt_leaves_the_process_running_and_nothing_behind() {
         let snapshot = format!("web{number}");
         let migrate = format!("migrate -t {pid} --snapshot {snapshot} --max-downtime 0");
         let migrate = format!("{migrate} --work-dir {}", bed.relay.dir);
-        let command = bed.imagectl("proxy", &migrate);
+        let command = bed.relay.imagectl("proxy", &migrate);
         let ran = bed.guest.run(&format!("timeout -s INT {seconds} {command}; echo $?"));
         // timeout(1) ends with 124 once it has sent the signal; what it ran says why it ended.
         assert!(ran.stdout.ends_with("124\n"), "{seconds} s: {ran:?}");

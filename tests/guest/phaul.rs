@@ -28,8 +28,8 @@ fn restore(criu: &str, id: &str) {
 }
 
 /// A command that tells what the cache knows of a snapshot.
-fn show(id: &str) -> String {
-    format!("criu-imagectl --socket {DIR}/cache/control.sock --json show {id}")
+fn show(relay: &Relay<'_>, id: &str) -> String {
+    relay.imagectl("cache", &format!("show {id}"))
 }
 
 /// How many KiB each round brought, from what a migration printed.
@@ -41,7 +41,7 @@ fn rounds(ran: &Ran) -> Vec<u64> {
 
 #[test]
 fn phaul_migrates_a_tree_that_goes_on_writing_through_the_relay() {
-    let _relay = Relay::start(guest(), DIR);
+    let relay = Relay::start(guest(), DIR);
     for criu in CRIUS {
         let mut tree = Dirtier::start(guest(), PROCESS, MIB.try_into().unwrap(), 4);
         tree.tell("a", "dirty 1 3");
@@ -64,20 +64,20 @@ fn phaul_migrates_a_tree_that_goes_on_writing_through_the_relay() {
         tree.tell("a", "churn 0");
         tree.check("a");
         tree.check("b");
-        let ran = guest().run(&show(criu));
+        let ran = guest().run(&show(&relay, criu));
         assert_eq!(ran.status, 4, "it is restored, and the cache still has it: {ran:?}");
     }
 }
 
 #[test]
 fn the_process_is_frozen_until_the_cache_has_all_of_it_and_gone_when_that_is_taken_over() {
-    let _relay = Relay::start(guest(), DIR);
+    let relay = Relay::start(guest(), DIR);
     for criu in CRIUS {
         let mut process = Dirtier::start(guest(), PROCESS, 8, 0);
         process.tell("a", "dirty 1 3");
         let pid = process.pid("a");
         let look = |id: &str| {
-            let command = format!("{} && sed \"s/.*) //\" /proc/{pid}/stat", show(id));
+            let command = format!("{} && sed \"s/.*) //\" /proc/{pid}/stat", show(&relay, id));
             format!("-hand-over '{command} >{DIR}/state")
         };
         let state = || guest().ok(&format!("cut -c 1 {DIR}/state")).trim().to_owned();

@@ -1,7 +1,7 @@
 //! Pre-dumps through the proxy and the cache: only what changed goes over the link, and what is restored is all of it.
 
 use crate::bed::{CRIUS, Guest, guest, wait_until};
-use crate::dirtier::Dirtier;
+use crate::dirtier::{ChangingTree, Dirtier};
 use crate::relay::Relay;
 
 const PAGE: u64 = 4096;
@@ -202,29 +202,15 @@ fn only_what_changed_goes_over_the_link() {
 fn a_tree_that_forks_remaps_and_loses_a_process_comes_through() {
     let relay = Relay::start(guest(), "/tmp/precopy-tree");
     for criu in CRIUS {
-        let mut tree = Dirtier::start(guest(), "/tmp/precopy-processes", 8, 8);
-        tree.tell("a", "fork b");
-        tree.tell("b", "dirty 1 5");
-        tree.tell("b", "share 1 5");
-        let pid = tree.pid("a");
+        let mut tree = ChangingTree::start(guest(), "/tmp/precopy-processes");
         let mut rounds = Rounds::open(&relay, criu, "tree");
-        rounds.round("pre-dump", pid);
-        tree.tell("a", "fork c");
-        tree.tell("c", "dirty 2 3");
-        tree.tell("a", "move 500 100");
-        tree.tell("b", "unmap 700 200");
-        tree.tell("c", "share 2 11");
-        rounds.round("pre-dump", pid);
-        tree.tell("b", "exit");
-        tree.tell("a", "dirty 3 50");
-        rounds.round("dump", pid);
+        for round in 0..3 {
+            tree.change(round);
+            rounds.round(["pre-dump", "pre-dump", "dump"][round], tree.pid());
+        }
         rounds.push();
         rounds.restore();
-        assert!(!tree.lives("b"));
-        tree.check("a");
-        tree.check("c");
-        tree.tell("c", "share 3 2");
-        tree.check("a");
+        tree.check();
     }
 }
 
@@ -298,8 +284,7 @@ fn incremental_dumps_into_directories_are_pushed_one_by_one() {
         process.tell("a", "dirty 2 9");
         let options = format!("-t {pid} --track-mem --prev-images-dir ../1");
         guest().criu(criu, "dump", &images("2"), &options);
-        let alone =
-            format!("criu-imagectl --socket {}/proxy/control.sock push {}", relay.dir, images("2"));
+        let alone = relay.imagectl("proxy", &format!("push {}", images("2")));
         let refused = guest().run(&alone);
         assert!(refused.status != 0 && refused.stderr.contains("--parent"), "{refused:?}");
         relay.ctl("proxy", &format!("push --parent 1 {}", images("2")));

@@ -34,9 +34,13 @@ impl<'a> Relay<'a> {
     /// Asks the proxy or the cache for something; it has to succeed. Returns what it said, as JSON.
     #[track_caller]
     pub(crate) fn ctl(&self, daemon: &str, command: &str) -> Value {
-        let Relay { guest, dir } = *self;
-        let ctl = format!("criu-imagectl --json --socket {dir}/{daemon}/control.sock {command}");
-        serde_json::from_str(&guest.ok(&ctl)).unwrap()
+        serde_json::from_str(&self.guest.ok(&self.imagectl(daemon, command))).unwrap()
+    }
+
+    /// The command that asks the proxy or the cache for something.
+    pub(crate) fn imagectl(&self, daemon: &str, command: &str) -> String {
+        let dir = self.dir;
+        format!("criu-imagectl --json --socket {dir}/{daemon}/control.sock {command}")
     }
 
     /// The state of a snapshot, as the proxy or the cache says it.
