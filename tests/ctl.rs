@@ -522,6 +522,16 @@ fn waiting_ends_by_outcome() {
     cache.ctl(&["wait", "web", "--for", "taken"]).exits(0);
     cache.store.damage("web", "cut short");
     cache.ctl(&["wait", "web"]).exits(5).complains("cut short");
+
+    cache.store.put("web", SnapshotState::Receiving, &[]);
+    let store = cache.store.clone();
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(500));
+        store.lock().remove("web");
+    });
+    let gone = cache.ctl(&["wait", "web", "--timeout", "20"]).exits(4);
+    gone.complains("snapshot web was receiving and is gone");
+    later.join().unwrap();
 }
 
 #[test]

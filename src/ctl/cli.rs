@@ -17,7 +17,8 @@ use super::{migrate, open, restore};
     long_about = "criu-imagectl asks criu-image-proxy (on the source host) and criu-image-cache (on \
 the destination host) over their control sockets.\n\n\
 Without --proxy, --cache or --socket it asks the daemon whose socket exists here. Where both run, \
-status and list show both, and push, extract, put, get, migrate and restore know which one they need.\n\n\
+status and list show both, and push, extract, view, put, get, migrate and restore know which one they \
+need.\n\n\
 Examples:\n  \
 criu-imagectl status\n  \
 criu-imagectl --cache list\n  \
@@ -100,7 +101,7 @@ criu-imagectl view /tmp/web && criu restore -D /tmp/web\n\n\
 For clients that know only directories, as runc does: nothing but small images is copied. The cache \
 keeps the snapshot; it does not count as taken. The links lead to the snapshot as long as the cache \
 holds it, and to nothing or something else after that: drop it when it is restored, and not before. \
-If anything fails, what was made is removed.")]
+If anything fails, what was made is removed. restore --view does all of it.")]
     View(View),
 
     /// Send a directory of images made by criu dump -D through the proxy
