@@ -14,7 +14,7 @@
 //!
 //! Around them: [`daemon`] is what both daemons need to be services, [`config`] turns TOML into
 //! settings, [`control`] is the Varlink interface and [`ctl`] the command that speaks it and puts and
-//! gets images, [`sys`] holds the system calls.
+//! gets images, [`sys`] holds the system calls. [`timeline`] is what both daemons note of when things happened.
 //!
 //! `criu`, `wire` and `store` know neither `proxy` nor `cache`. `ARCHITECTURE.md` tells the rest.
 
@@ -35,3 +35,4 @@ pub mod control;
 pub mod ctl;
 pub mod daemon;
 pub mod sys;
+pub mod timeline;

@@ -18,6 +18,7 @@ use criu_image_relay::control::{Backend, Open, OpenPages, Reading, Refusal, serv
 use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
 use criu_image_relay::daemon::sessions::admit;
 use criu_image_relay::sys::scm::receive_descriptor;
+use criu_image_relay::timeline::{Phase, PhaseName};
 use serde_json::Value;
 
 /// A snapshot with its images in memory.
@@ -115,6 +116,19 @@ impl Backend for Fake {
             whole: true,
         };
         Some((held.snapshot, held.images.into_iter().map(image).collect()))
+    }
+
+    fn timeline(&self, id: &str) -> Option<Vec<Phase>> {
+        let bytes = self.store.lock().get(id)?.snapshot.bytes;
+        let names = match self.role {
+            Role::Proxy => [PhaseName::Dump, PhaseName::Acknowledgement],
+            Role::Cache => [PhaseName::Arrival, PhaseName::Restore],
+        };
+        let phase = |(begun_ms, name)| {
+            let ended_ms = begun_ms + 500;
+            Phase { name, begun_ms, ended_ms, bytes, failed: false }
+        };
+        Some([1_000, 2_000].into_iter().zip(names).map(phase).collect())
     }
 
     fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
@@ -501,6 +515,36 @@ fn snapshots_are_shown_and_dropped() {
     cache.ctl(&["show", "none"]).exits(4).complains("\"none\"");
     cache.ctl(&["drop", "none", "web"]).exits(4);
     assert!(!cache.store.lock().contains_key("web"));
+}
+
+#[test]
+fn a_timeline_is_told_drawn_and_joined_with_the_other_hosts() {
+    let (proxy, cache) = (Daemon::honest(Role::Proxy), Daemon::honest(Role::Cache));
+    for daemon in [&proxy, &cache] {
+        daemon.store.put("web", SnapshotState::Whole, &[("core-7.img", &[7; 2048])]);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (file, picture) = (at("web.json"), at("web.svg"));
+    let told = proxy.ctl(&["--json", "show", "web", "--timeline"]).exits(0).out();
+    fs::write(&file, told).unwrap();
+
+    let joined = ["show", "web", "--timeline", "--with", &file, "--svg", &picture];
+    let text = cache.ctl(&joined).exits(0).out();
+    assert!(text.contains("web: 1.50 s"), "{text}");
+    let lines: Vec<_> = text.lines().skip(3).map(|line| line.split_whitespace().nth(1)).collect();
+    let phases = ["dump", "arrival", "wait", "acknowledgement", "restore"];
+    assert_eq!(lines, phases.map(Some));
+    assert_eq!(fs::read_to_string(&picture).unwrap().matches("<rect").count(), 1 + phases.len());
+
+    // What nobody here knows is told by the file alone.
+    proxy.store.lock().clear();
+    let alone = proxy.ctl(&["--json", "show", "web", "--timeline", "--with", &file]).exits(0);
+    assert_eq!(alone.json()["phases"].as_array().unwrap().len(), 2);
+    proxy.ctl(&["show", "web", "--timeline"]).exits(4).complains("\"web\"");
+    fs::write(&file, "{}").unwrap();
+    cache.ctl(&joined).exits(2).complains("show web --timeline > FILE");
+    cache.ctl(&["show", "web", "--svg", &picture]).exits(2).complains("--timeline");
 }
 
 #[test]

@@ -15,6 +15,7 @@ use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
 use crate::store::{Image, Key, NoFiles, Snapshot, State};
+use crate::timeline::Phase;
 
 /// What answers the control socket.
 pub(super) struct Control(pub(super) Rc<Cache>);
@@ -60,6 +61,10 @@ impl Backend for Control {
 
     fn snapshot(&self, id: &str) -> Option<model::Snapshot> {
         self.0.store.find(id, describe)
+    }
+
+    fn timeline(&self, id: &str) -> Option<Vec<Phase>> {
+        self.0.store.find(id, |snapshot| snapshot.timeline.phases().to_vec())
     }
 
     fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {

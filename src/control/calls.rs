@@ -4,12 +4,14 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect;
 
 use super::model::{Image, ImageFile, Snapshot, Status};
+use crate::timeline::Phase;
 
 /// The methods, by the names that stand on the wire.
 pub(super) mod method {
     pub(in super::super) const STATUS: &str = "org.criu.ImageRelay.Status";
     pub(in super::super) const LIST: &str = "org.criu.ImageRelay.List";
     pub(in super::super) const SHOW: &str = "org.criu.ImageRelay.Show";
+    pub(in super::super) const TIMELINE: &str = "org.criu.ImageRelay.Timeline";
     pub(in super::super) const WATCH: &str = "org.criu.ImageRelay.Watch";
     pub(in super::super) const DROP: &str = "org.criu.ImageRelay.Drop";
     pub(in super::super) const OPEN: &str = "org.criu.ImageRelay.Open";
@@ -20,7 +22,7 @@ pub(super) mod method {
         "org.varlink.service.GetInterfaceDescription";
 }
 
-/// The parameters of `Show`, `Drop` and `View`.
+/// The parameters of `Show`, `Timeline`, `Drop` and `View`.
 #[derive(Debug, Serialize, Deserialize, introspect::Type)]
 pub(super) struct ById {
     pub(super) id: String,
@@ -85,6 +87,12 @@ pub(super) struct ListOut {
 pub(super) struct ShowOut {
     pub(super) snapshot: Snapshot,
     pub(super) images: Vec<Image>,
+}
+
+/// The reply of `Timeline`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct TimelineOut {
+    pub(super) phases: Vec<Phase>,
 }
 
 /// A reply of `Watch`.

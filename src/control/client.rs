@@ -11,10 +11,11 @@ use zlink::{Call, Connection, Reply};
 
 use super::Reading;
 use super::calls::{
-    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, ViewOut, WatchIn,
-    WatchOut, method,
+    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut,
+    ViewOut, WatchIn, WatchOut, method,
 };
 use super::model::{Image, ImageFile, Snapshot, Status};
+use crate::timeline::Phase;
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +99,13 @@ impl Client {
         let reply: ShowOut =
             self.call(method::SHOW, ById { id: id.to_owned() }, Vec::new()).await?;
         Ok((reply.snapshot, reply.images))
+    }
+
+    /// When what happened to a snapshot.
+    pub async fn timeline(&mut self, id: &str) -> Result<Vec<Phase>, ClientError> {
+        let reply: TimelineOut =
+            self.call(method::TIMELINE, ById { id: id.to_owned() }, Vec::new()).await?;
+        Ok(reply.phases)
     }
 
     /// Has a snapshot forgotten.

@@ -4,14 +4,15 @@ use zlink::idl::{Error, Field, Type};
 use zlink::introspect::{ReplyError, Type as Introspect};
 
 use super::calls::{
-    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, ViewOut, WatchIn,
-    WatchOut,
+    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut,
+    ViewOut, WatchIn, WatchOut,
 };
 use super::model::{Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status};
 use super::{DESCRIPTION, INTERFACE};
+use crate::timeline::{Phase, PhaseName};
 
 /// The types that the description names, in its order.
-const NAMED: [(&str, &Type<'_>); 7] = [
+const NAMED: [(&str, &Type<'_>); 9] = [
     ("Role", Role::TYPE),
     ("LinkStatus", LinkStatus::TYPE),
     ("Status", Status::TYPE),
@@ -19,6 +20,8 @@ const NAMED: [(&str, &Type<'_>); 7] = [
     ("Snapshot", Snapshot::TYPE),
     ("Image", Image::TYPE),
     ("ImageFile", ImageFile::TYPE),
+    ("PhaseName", PhaseName::TYPE),
+    ("Phase", Phase::TYPE),
 ];
 
 /// A type as the description refers to it.
@@ -54,6 +57,7 @@ fn it_says_what_the_types_say() {
         ("Status", Nothing::TYPE, StatusOut::TYPE),
         ("List", Nothing::TYPE, ListOut::TYPE),
         ("Show", ById::TYPE, ShowOut::TYPE),
+        ("Timeline", ById::TYPE, TimelineOut::TYPE),
         ("Watch", WatchIn::TYPE, WatchOut::TYPE),
         ("Drop", ById::TYPE, Nothing::TYPE),
         ("Open", OpenIn::TYPE, Nothing::TYPE),

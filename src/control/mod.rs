@@ -27,6 +27,7 @@ mod tests;
 pub use accept::serve;
 pub use client::{Client, ClientError, Watch};
 
+use crate::timeline::Phase;
 use model::{Image, ImageFile, Snapshot, Status};
 
 /// The interface's name.
@@ -55,6 +56,9 @@ pub trait Backend {
     fn snapshot(&self, id: &str) -> Option<Snapshot> {
         self.show(id).map(|(snapshot, _)| snapshot)
     }
+
+    /// When what happened to a snapshot.
+    fn timeline(&self, id: &str) -> Option<Vec<Phase>>;
 
     /// Forgets a snapshot and gives its memory back.
     fn drop_snapshot(&self, id: &str) -> Result<(), Refusal>;
@@ -152,6 +156,10 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
 
     fn snapshot(&self, id: &str) -> Option<Snapshot> {
         (**self).snapshot(id)
+    }
+
+    fn timeline(&self, id: &str) -> Option<Vec<Phase>> {
+        (**self).timeline(id)
     }
 
     fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {

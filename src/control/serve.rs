@@ -16,8 +16,8 @@ use zlink::varlink_service::{Error as ServiceError, Info};
 use zlink::{Call, Connection, Reply};
 
 use super::calls::{
-    ById, CallError, DescriptionIn, ListOut, OpenIn, OpenPagesIn, ShowOut, StatusOut, ViewOut,
-    WatchIn, WatchOut, method,
+    ById, CallError, DescriptionIn, ListOut, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut,
+    ViewOut, WatchIn, WatchOut, method,
 };
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
@@ -190,6 +190,11 @@ async fn answer(
             let ById { id } = parameters(call)?;
             let (snapshot, images) = backend.show(&id).ok_or_else(|| no_such(&id))?;
             Ok(value(ShowOut { snapshot, images }))
+        }
+        method::TIMELINE => {
+            let ById { id } = parameters(call)?;
+            let phases = backend.timeline(&id).ok_or_else(|| no_such(&id))?;
+            Ok(value(TimelineOut { phases }))
         }
         method::DROP => {
             let ById { id } = parameters(call)?;

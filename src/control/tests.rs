@@ -15,6 +15,7 @@ use crate::daemon::sessions::Peer;
 
 use super::model::{LinkStatus, Role, SnapshotState};
 use super::*;
+use crate::timeline::{Phase, PhaseName};
 
 /// A daemon with whatever snapshots a test gives it.
 #[derive(Default)]
@@ -69,6 +70,13 @@ impl Backend for Fake {
         self.looks.set(self.looks.get() + 1);
         let snapshot = self.list().into_iter().find(|snapshot| snapshot.id == id)?;
         Some((snapshot, vec![Image { name: "core-7.img".to_owned(), bytes: 5, whole: true }]))
+    }
+
+    fn timeline(&self, id: &str) -> Option<Vec<Phase>> {
+        self.list().iter().any(|snapshot| snapshot.id == id).then(|| {
+            let (name, failed) = (PhaseName::Dump, false);
+            vec![Phase { name, begun_ms: 3, ended_ms: 5, bytes: 7, failed }]
+        })
     }
 
     fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {

@@ -68,11 +68,8 @@ pub(super) enum Command {
     List,
 
     /// Show a snapshot and its images
-    #[command(after_help = "Example:\n  criu-imagectl show web")]
-    Show {
-        /// The snapshot's id
-        snapshot: String,
-    },
+    #[command(after_help = super::timeline::HELP)]
+    Show(Show),
 
     /// Wait until a snapshot is whole; it need not be there yet
     #[command(after_help = "Example, on the destination host:\n  \
@@ -157,6 +154,25 @@ criu-imagectl --cache finish web               # the restore: it is taken")]
         /// Into this directory
         dir: PathBuf,
     },
+}
+
+/// `show`
+#[derive(Debug, Args)]
+pub(super) struct Show {
+    /// Show where the time went: rounds, dump, acknowledgement, arrival, wait, restore
+    #[arg(long)]
+    pub(super) timeline: bool,
+
+    /// Add what --json show --timeline printed on the other host
+    #[arg(long, value_name = "FILE", requires = "timeline")]
+    pub(super) with: Option<PathBuf>,
+
+    /// Draw the timeline into a file
+    #[arg(long, value_name = "FILE", requires = "timeline")]
+    pub(super) svg: Option<PathBuf>,
+
+    /// The snapshot's id
+    pub(super) snapshot: String,
 }
 
 /// `wait`

@@ -69,7 +69,7 @@ pub(super) async fn drop_all(
 
 /// Asks each daemon. One that does not answer does not hide the other: its failure comes with what
 /// the others said.
-async fn each<T>(
+pub(super) async fn each<T>(
     daemon: &Daemon,
     ask: impl AsyncFn(&mut Client) -> Result<T, Failure>,
 ) -> Result<(Vec<T>, Option<Failure>), Failure> {
@@ -186,7 +186,7 @@ fn show_text(snapshot: &Snapshot, images: &[Image]) -> String {
     text
 }
 
-fn role_word(role: Role) -> &'static str {
+pub(super) fn role_word(role: Role) -> &'static str {
     match role {
         Role::Proxy => "proxy",
         Role::Cache => "cache",

@@ -22,6 +22,7 @@ mod put;
 mod reach;
 mod restore;
 mod stream;
+mod timeline;
 mod view;
 mod wait;
 mod work_dir;
@@ -69,7 +70,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Status => look::status(&daemon, output).await,
         Command::List => look::list(&daemon, output).await,
-        Command::Show { snapshot } => look::show(&daemon, output, &snapshot).await,
+        Command::Show(show) if show.timeline => timeline::run(&daemon, output, &show).await,
+        Command::Show(show) => look::show(&daemon, output, &show.snapshot).await,
         Command::Wait(wait) => wait::run(&daemon, output, &wait).await,
         Command::Drop { snapshots } => look::drop_all(&daemon, output, &snapshots).await,
         Command::Extract(extract) => extract::run(&daemon, output, &extract).await,

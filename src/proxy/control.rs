@@ -15,6 +15,7 @@ use crate::control::{Backend, Open, OpenPages, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
+use crate::timeline::Phase;
 
 /// What answers the control socket.
 pub(super) struct Control(pub(super) Rc<Proxy>);
@@ -50,6 +51,10 @@ impl Backend for Control {
 
     fn snapshot(&self, id: &str) -> Option<Snapshot> {
         self.0.records.find(id).map(|record| record.info())
+    }
+
+    fn timeline(&self, id: &str) -> Option<Vec<Phase>> {
+        self.0.records.find(id).map(|record| record.timeline())
     }
 
     fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {

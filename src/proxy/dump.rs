@@ -232,6 +232,7 @@ impl Dump<'_> {
 
     /// All was sent: waits for the cache's word.
     async fn finish(&self, upload: &Upload) -> Result<(), Failure> {
+        self.record.all_sent();
         let sent = self.record.info();
         let limit = self.settings.link.ack_timeout;
         tokio::select! {

@@ -163,11 +163,11 @@ impl Client<'_> {
         if let (Some(reason), Some(round)) = (&reason, &round) {
             round.abort(reason).await;
         }
+        let (_, bytes) = round.as_ref().map_or((0, 0), Round::counts);
         match &round {
             Some(round) if round.is_empty() && ended.is_ok() => record.leave_round(before),
-            _ => record.end_round(reason),
+            _ => record.end_round(bytes, reason),
         }
-        let (_, bytes) = round.map_or((0, 0), |round| round.counts());
         self.tell(bytes, started, ended.as_ref().err());
         // CRIU fails without it. One that waits for another answer would take it for that one.
         let told = self.has_closed && self.answer(&answer::status(ended.is_ok())).await.is_ok();

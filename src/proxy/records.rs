@@ -9,6 +9,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::control::model::{Image, Snapshot, SnapshotState};
 use crate::sys::clock::now_ms;
+use crate::timeline::{Phase, PhaseName, Timeline};
 
 /// Ended snapshots that are listed; older ones are forgotten.
 const KEPT: usize = 256;
@@ -37,6 +38,7 @@ pub struct StateCounts {
 pub struct Record {
     info: RefCell<Snapshot>,
     images: RefCell<BTreeMap<String, Image>>,
+    timeline: RefCell<Timeline>,
     /// Whether images are coming; rounds of pages change no state then.
     dumping: Cell<bool>,
     /// Whether a round of pages has begun.
@@ -73,9 +75,14 @@ impl Records {
             begun_ms: now_ms(),
             ended_ms: 0,
         };
+        let mut timeline = Timeline::default();
+        if state == SnapshotState::Receiving {
+            timeline.begin(PhaseName::Dump);
+        }
         let record = Rc::new(Record {
             info: RefCell::new(info),
             images: RefCell::default(),
+            timeline: RefCell::new(timeline),
             dumping: Cell::new(state == SnapshotState::Receiving),
             begun: Cell::new(false),
             left: Cell::new(false),
@@ -182,12 +189,28 @@ impl Record {
         };
         self.images.borrow_mut().clear();
         self.dumping.set(true);
+        let mut timeline = self.timeline.borrow_mut();
+        timeline.leave(PhaseName::Dump);
+        timeline.begin(PhaseName::Dump);
+    }
+
+    /// CRIU has handed over all that it had.
+    pub fn all_sent(&self) {
+        let mut timeline = self.timeline.borrow_mut();
+        timeline.end(PhaseName::Dump, self.info.borrow().bytes, false);
+        timeline.begin(PhaseName::Acknowledgement);
+    }
+
+    /// When what happened.
+    pub fn timeline(&self) -> Vec<Phase> {
+        self.timeline.borrow().phases().to_vec()
     }
 
     /// A round of its pages has come. Returns the state that it was in.
     pub fn begin_round(&self) -> SnapshotState {
         self.begun.set(true);
         self.left.set(true);
+        self.timeline.borrow_mut().begin(PhaseName::Round);
         let before = self.state();
         let dumping = self.dumping.get();
         let state = if dumping { before } else { SnapshotState::Receiving };
@@ -199,10 +222,12 @@ impl Record {
     /// The round had nothing in it.
     pub fn leave_round(&self, before: SnapshotState) {
         self.info.borrow_mut().state = before;
+        self.timeline.borrow_mut().leave(PhaseName::Round);
     }
 
-    /// The round has ended: the cache holds its pages, or it failed and why.
-    pub fn end_round(&self, failure: Option<String>) {
+    /// The round has ended: the cache holds its pages, so many bytes, or it failed and why.
+    pub fn end_round(&self, bytes: u64, failure: Option<String>) {
+        self.timeline.borrow_mut().end(PhaseName::Round, bytes, failure.is_some());
         if self.dumping.get() {
             return;
         }
@@ -247,6 +272,10 @@ impl Record {
     /// The snapshot has ended: the cache has it, or it failed and why.
     pub fn end(&self, failure: Option<String>) {
         let mut info = self.info.borrow_mut();
+        let mut timeline = self.timeline.borrow_mut();
+        timeline.end(PhaseName::Dump, info.bytes, failure.is_some());
+        timeline.end(PhaseName::Acknowledgement, 0, failure.is_some());
+        drop(timeline);
         info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Whole };
         info.reason = failure.unwrap_or_default();
         info.ended_ms = now_ms();

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::snapshot::{Images, State};
+use super::snapshot::{Images, Snapshot, State};
 use super::{Key, Store};
 
 /// Why a restore does not get a snapshot.
@@ -66,7 +66,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if self.binding {
-            self.store.update(self.key, |snapshot| snapshot.restores -= 1);
+            self.store.update(self.key, Snapshot::unbind);
         }
     }
 }

@@ -399,7 +399,7 @@ impl Store {
 
     /// Binds a restore to a snapshot.
     pub fn claim(self: &Rc<Store>, key: Key) -> Claim {
-        self.update(key, |snapshot| snapshot.restores += 1);
+        self.update(key, Snapshot::bind);
         Claim { store: self.clone(), key, binding: true }
     }
 

@@ -12,6 +12,7 @@ use super::quota::{Charge, Exhausted};
 use super::snapshot::{Sender, Snapshot, State};
 use super::{Key, Refused, Store};
 use crate::criu::pages::Space;
+use crate::timeline::PhaseName;
 
 /// A round that is coming.
 #[derive(Debug)]
@@ -92,13 +93,14 @@ impl Store {
             return Err(Refused::Dropped.to_string());
         }
         let ComingRound { key, round, .. } = coming;
+        let bytes = round.charged();
         let flat = round.commit().map_err(|refused| {
             let reason = refused.to_string();
             self.update(key, |snapshot| snapshot.fail_round(&reason));
             reason
         })?;
         let mut parent = None;
-        self.update(key, |snapshot| parent = snapshot.end_round(flat));
+        self.update(key, |snapshot| parent = snapshot.end_round(flat, bytes));
         let superseded = parent.and_then(|parent| {
             let only_pages = |known: &Snapshot| matches!(known.state, State::Paged);
             let id = self.look(parent, |known| only_pages(known).then(|| known.id.clone()))??;
@@ -170,18 +172,21 @@ impl Snapshot {
         if !matches!(self.state, State::Paged | State::Receiving(_)) {
             self.begin(sender, State::Paged);
         }
+        self.timeline.begin(PhaseName::Round);
         self.pages.coming = Some(number);
         self.pages.parent = parent;
     }
 
     /// Returns the parent that the round was based on.
-    fn end_round(&mut self, flat: Flat<Space>) -> Option<Key> {
+    fn end_round(&mut self, flat: Flat<Space>, bytes: u64) -> Option<Key> {
+        self.timeline.end(PhaseName::Round, bytes, false);
         self.pages.flat = Some(flat);
         (self.pages.coming, self.pages.broken) = (None, false);
         self.pages.parent.take()
     }
 
     fn fail_round(&mut self, reason: &str) {
+        self.timeline.end(PhaseName::Round, 0, true);
         (self.pages.coming, self.pages.broken) = (None, true);
         let nothing_left = matches!(self.state, State::Paged) && self.pages.flat.is_none();
         if nothing_left || matches!(self.state, State::Receiving(_)) {

@@ -10,6 +10,7 @@ use super::image::Image;
 use super::pages::{Flat, PAGE};
 use crate::criu::pages::Space;
 use crate::sys::clock::now_ms;
+use crate::timeline::{PhaseName, Timeline};
 
 /// The images of a snapshot by name.
 pub type Images = BTreeMap<String, Rc<Image>>;
@@ -90,11 +91,17 @@ pub struct Snapshot {
     pub restores: usize,
     /// Whether it is kept for restores that ask for it by name.
     pub reserved: bool,
+    /// When what happened.
+    pub timeline: Timeline,
     pub(super) pages: Pages,
 }
 
 impl Snapshot {
     pub(super) fn new(id: &str, sender: &Sender, state: State) -> Snapshot {
+        let mut timeline = Timeline::default();
+        if matches!(state, State::Receiving(_)) {
+            timeline.begin(PhaseName::Arrival);
+        }
         Snapshot {
             id: id.to_owned(),
             sender: sender.clone(),
@@ -104,6 +111,7 @@ impl Snapshot {
             ended_ms: 0,
             restores: 0,
             reserved: false,
+            timeline,
             pages: Pages::default(),
         }
     }
@@ -112,13 +120,17 @@ impl Snapshot {
     /// [`State::Paged`]. Its pages stay if they were to be joined by images.
     pub(super) fn begin(&mut self, sender: &Sender, state: State) {
         let (restores, reserved) = (self.restores, self.reserved);
-        let mut pages = Pages::default();
+        let receives = matches!(state, State::Receiving(_));
+        let mut begun = Snapshot::new(&self.id, sender, state);
         if matches!(self.state, State::Paged) {
-            pages = std::mem::take(&mut self.pages);
-            pages.joined = matches!(state, State::Receiving(_));
+            begun.pages = std::mem::take(&mut self.pages);
+            begun.pages.joined = receives;
+            begun.timeline = std::mem::take(&mut self.timeline);
+            if receives {
+                begun.timeline.begin(PhaseName::Arrival);
+            }
         }
-        let begun = Snapshot::new(&self.id, sender, state);
-        *self = Snapshot { restores, reserved, pages, ..begun };
+        *self = Snapshot { restores, reserved, ..begun };
     }
 
     /// Cannot be completed: becomes damaged, and gives its bytes back. What pages it had before its images
@@ -127,6 +139,7 @@ impl Snapshot {
         if self.pages.joined && self.pages.flat.is_some() {
             self.state = State::Paged;
             self.pages.of_parent = None;
+            self.timeline.end(PhaseName::Arrival, 0, true);
             self.since = Instant::now();
             return;
         }
@@ -136,7 +149,12 @@ impl Snapshot {
 
     /// Becomes whole or damaged.
     pub(super) fn end(&mut self, state: State) {
+        let damaged = matches!(state, State::Damaged { .. });
         self.state = state;
+        self.timeline.end(PhaseName::Arrival, self.counts().bytes, damaged);
+        if !damaged && self.restores > 0 {
+            self.timeline.begin(PhaseName::Restore);
+        }
         // Images hold the pages that they show.
         self.pages = Pages::default();
         self.since = Instant::now();
@@ -145,8 +163,26 @@ impl Snapshot {
 
     /// Becomes taken; the time it is kept begins anew.
     pub(super) fn take(&mut self, images: Rc<Images>) {
+        self.timeline.end(PhaseName::Restore, self.counts().bytes, false);
         self.state = State::Taken(images);
         self.since = Instant::now();
+    }
+
+    /// A restore is bound to it.
+    pub(super) fn bind(&mut self) {
+        self.restores += 1;
+        let whole = matches!(self.state, State::Whole(_) | State::Taken(_));
+        if whole && !self.timeline.is_in(PhaseName::Restore) {
+            self.timeline.begin(PhaseName::Restore);
+        }
+    }
+
+    /// A restore of it has ended.
+    pub(super) fn unbind(&mut self) {
+        self.restores -= 1;
+        if self.restores == 0 {
+            self.timeline.end(PhaseName::Restore, 0, true);
+        }
     }
 
     /// Its images, where there are any.

@@ -1,5 +1,8 @@
 //! A process moves by one command on each side, and systemd runs the one on host B.
 
+use std::fs::{self, File};
+use std::process::Command;
+
 use serde_json::Value;
 
 use crate::bed::{BOTH, Bed, Host, wait_until};
@@ -49,7 +52,44 @@ fn a_process_migrates_and_is_restored_by_a_unit_which_it_outlives() {
     let after = bed.ask(Host::B, "job", &pid);
     assert_eq!((after.pid, &after.checksum), (before.pid, &before.checksum));
     wait_until("the counter goes on", || bed.ask(Host::B, "job", &pid).counter > after.counter);
+    assert_timeline(&bed);
     nothing_is_left(&bed);
+}
+
+/// Both hosts together tell where the time of the migration went, in words and in a picture.
+#[track_caller]
+fn assert_timeline(bed: &Bed) {
+    let told = bed.ctl(Host::A, &["show", "web", "--timeline"]);
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.json"), told.to_string()).unwrap();
+    bed.copy(Host::B, dir.path(), "/tmp/timeline");
+    let joined = ["--with", "/tmp/timeline/a.json", "--svg", "/tmp/timeline/web.svg"];
+    let told = bed.ctl(Host::B, &[&["show", "web", "--timeline"][..], &joined].concat());
+    let phases = told["phases"].as_array().unwrap();
+    let names: Vec<_> = phases.iter().map(|phase| phase["phase"].as_str().unwrap()).collect();
+    for name in ["dump", "arrival", "acknowledgement", "restore"] {
+        assert!(names.contains(&name), "{name}: {told}");
+    }
+    assert_eq!(names.last(), Some(&"restore"), "{told}");
+    for phase in phases {
+        let time = |of: &str| phase[of].as_u64().unwrap();
+        assert!(time("ended_ms") >= time("begun_ms") && phase["failed"] == false, "{told}");
+    }
+    let bytes = |name: &str| phases.iter().find(|p| p["phase"] == name).unwrap()["bytes"].as_u64();
+    assert!(bytes("dump") > Some(64 << 20), "{told}");
+    assert!(bytes("arrival") >= bytes("dump"), "{told}");
+
+    // Each is a bar of what an XML parser takes for a picture.
+    let svg = bed.ok(Host::B, &["cat", "/tmp/timeline/web.svg"]);
+    let parse = "import sys, xml.dom.minidom as d\n\
+                 for r in d.parse(sys.stdin).getElementsByTagName('rect'): print(r.getAttribute('class'))";
+    let drawn = dir.path().join("web.svg");
+    fs::write(&drawn, svg).unwrap();
+    let mut parser = Command::new("python3");
+    let parsed = parser.args(["-c", parse]).stdin(File::open(&drawn).unwrap()).output().unwrap();
+    let bars = String::from_utf8(parsed.stdout).unwrap();
+    let bars: Vec<_> = bars.lines().skip(1).collect();
+    assert_eq!(bars, names);
 }
 
 #[test]
