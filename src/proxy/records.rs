@@ -331,6 +331,7 @@ impl Record {
     /// It takes the place of another, whose pages it may go with.
     pub fn joins(&self, before: &Record) {
         self.left.set(before.has_left_pages());
+        self.timeline.replace(before.timeline.borrow().clone());
     }
 
     fn is(&self, id: &str) -> bool {
