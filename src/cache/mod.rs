@@ -34,12 +34,13 @@ use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::accept::{Listeners, permits};
 use crate::daemon::given::GivenLink;
 use crate::daemon::handed_over::into_tokio;
+use crate::daemon::local_peers::admit_stream;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::store::{State, Store};
 use crate::sys::clock::now_ms;
-use crate::sys::connected::Stream;
+use crate::sys::connected::{self, Stream};
 
 use pages::Whose;
 use restore::Source;
@@ -97,9 +98,22 @@ impl Cache {
         }
     }
 
-    /// Serves one proxy.
+    /// Serves one proxy, if it may connect. TCP has no users: who is there by a tunnel's end on this machine is
+    /// the tunnel's to know.
     async fn serve_link(self: Rc<Self>, stream: Stream) {
-        let _ = link::serve(&self, stream).await;
+        let admitted = match stream.peer() {
+            connected::Peer::Tcp(_) => Ok(()),
+            connected::Peer::Unix => admit_stream(&stream, &self.settings().allow_uids, false),
+        };
+        match admitted {
+            Ok(()) => {
+                let _ = link::serve(&self, stream).await;
+            }
+            Err(why) => {
+                let message_id = journal::PEER_REFUSED;
+                tracing::warn!(message_id, "a link from a unix socket is refused: {why}");
+            }
+        }
     }
 
     /// Serves the one proxy that is connected already.
@@ -195,12 +209,12 @@ impl Daemon for Cache {
             let serving = cache.clone();
             let serve =
                 move |stream| pages::admit_and_serve(serving.clone(), stream, Whose::WhoHasTheTask);
-            cache.listeners.serve_tcp("pages", listener, &max_readers, serve)?;
+            cache.listeners.serve_bound("pages", listener, &max_readers, serve)?;
         }
         for listener in sockets.link {
             let serving = cache.clone();
             let serve = move |stream| serving.clone().serve_link(stream);
-            cache.listeners.serve_tcp("link", listener, &max_links, serve)?;
+            cache.listeners.serve_bound("link", listener, &max_links, serve)?;
         }
         if let Some(connected) = sockets.connected {
             tokio::task::spawn_local(cache.clone().serve_given(connected.register()?));

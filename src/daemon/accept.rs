@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::TcpListener;
 use std::os::unix::net;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +11,8 @@ use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-use super::handed_over::{Listener, into_tokio, tcp_into_tokio};
+use super::handed_over::{Listener, into_tokio};
+use super::sockets::Bound;
 use crate::sys::connected::Stream;
 
 /// How long to wait when descriptors or memory have run out: a session's end frees some.
@@ -75,15 +75,15 @@ impl Listeners {
         Ok(())
     }
 
-    /// The same for a TCP socket.
-    pub fn serve_tcp<F: Future<Output = ()> + 'static>(
+    /// The same for a socket of either family.
+    pub fn serve_bound<F: Future<Output = ()> + 'static>(
         &self,
         socket: &'static str,
-        listener: TcpListener,
+        listener: Bound,
         permits: &Arc<Semaphore>,
         serve: impl Fn(Stream) -> F + 'static,
     ) -> io::Result<()> {
-        let (listener, permits) = (Listener::Tcp(tcp_into_tokio(listener)?), permits.clone());
+        let (listener, permits) = (Listener::from(listener)?, permits.clone());
         self.start(async move {
             accept_each(socket, permits, async || listener.accept().await, serve).await;
         });

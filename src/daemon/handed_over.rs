@@ -8,6 +8,7 @@ use rustix::net::AddressFamily;
 use rustix::net::sockopt::socket_domain;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
+use super::sockets::Bound;
 use crate::sys::connected::{Connected, Stream};
 
 /// A unix socket from a peer of the control socket.
@@ -57,16 +58,27 @@ impl PagesSocket {
             let connected = Connected::adopt(socket).map_err(io::Error::other)?;
             return connected.register().map(PagesSocket::Connected);
         }
-        let listener = if socket_domain(&socket)? == AddressFamily::UNIX {
-            Listener::Unix(into_tokio(socket.into())?)
+        let bound = if socket_domain(&socket)? == AddressFamily::UNIX {
+            Bound::Unix(socket.into())
         } else {
-            Listener::Tcp(tcp_into_tokio(socket.into())?)
+            Bound::Tcp(socket.into())
         };
-        Ok(PagesSocket::Listening(listener))
+        Listener::from(bound).map(PagesSocket::Listening)
     }
 }
 
 impl Listener {
+    /// Registers a listening socket with the event loop.
+    pub fn from(bound: Bound) -> io::Result<Listener> {
+        match bound {
+            Bound::Tcp(listener) => {
+                listener.set_nonblocking(true)?;
+                TcpListener::from_std(listener).map(Listener::Tcp)
+            }
+            Bound::Unix(listener) => into_tokio(listener).map(Listener::Unix),
+        }
+    }
+
     /// Accepts one connection.
     pub async fn accept(&self) -> io::Result<Stream> {
         match self {
@@ -79,13 +91,7 @@ impl Listener {
     }
 }
 
-/// Registers a listening TCP socket with the event loop.
-pub fn tcp_into_tokio(listener: std::net::TcpListener) -> io::Result<TcpListener> {
-    listener.set_nonblocking(true)?;
-    TcpListener::from_std(listener)
-}
-
-/// Registers a listening socket with the event loop.
+/// Registers a listening unix socket with the event loop.
 pub fn into_tokio(listener: net::UnixListener) -> io::Result<UnixListener> {
     listener.set_nonblocking(true)?;
     UnixListener::from_std(listener)

@@ -1,7 +1,8 @@
 //! Who is at the other end of a connection that may be TCP, and may be from this machine.
 //!
 //! TCP has no `SO_PEERCRED`. But the kernel lists both ends of a connection within a machine, each with the
-//! user whose socket it is (`/proc/net/tcp`, proc(5)).
+//! user whose socket it is (`/proc/net/tcp`, proc(5)). That is a link to the reader's own directory, which is
+//! there as well where all else is hidden (`ProcSubset=pid`).
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -51,7 +52,7 @@ pub fn admit_stream(stream: &Stream, allowed: &[u32], insecure: bool) -> Result<
 fn owner_of(stream: &Stream, peer: SocketAddr) -> Result<u32, NotAdmitted> {
     let ours = SocketAddr::try_from(getsockname(stream).map_err(io::Error::from)?);
     let ours = canonical(ours.map_err(io::Error::from)?);
-    let mut owners = ["/proc/net/tcp", "/proc/net/tcp6"].iter().filter_map(|list| {
+    let mut owners = ["/proc/self/net/tcp", "/proc/self/net/tcp6"].iter().filter_map(|list| {
         match std::fs::read_to_string(list) {
             Ok(list) => owner(&list, peer, ours).map(Ok),
             // A kernel without IPv6.

@@ -19,5 +19,5 @@ mod sockets;
 mod start;
 
 pub use service::Daemon;
-pub use sockets::{CONTROL_SOCKET, SocketError, Sockets, Wanted};
+pub use sockets::{Bound, CONTROL_SOCKET, SocketError, Sockets, Wanted};
 pub use start::main;

@@ -24,6 +24,16 @@ const CONNECTION: &str = "connection";
 /// The control socket in the work-dir.
 pub const CONTROL_SOCKET: &str = "control.sock";
 
+/// A socket that listens for peers which may be elsewhere: TCP, or a unix socket that a tunnel leads to, as
+/// with the units of instances, which have no port of their own.
+#[derive(Debug)]
+pub enum Bound {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A unix socket.
+    Unix(UnixListener),
+}
+
 /// What a daemon listens on. Several of a name are all served.
 #[derive(Debug, Default)]
 pub struct Sockets {
@@ -32,11 +42,11 @@ pub struct Sockets {
     /// The remote protocol.
     pub remote: Vec<UnixListener>,
     /// CRIU's page server protocol.
-    pub pages: Vec<TcpListener>,
+    pub pages: Vec<Bound>,
     /// Varlink.
     pub control: Vec<UnixListener>,
     /// The link (cache only).
-    pub link: Vec<TcpListener>,
+    pub link: Vec<Bound>,
     /// The link itself, where somebody else made it: nothing listens for another then.
     pub connected: Option<Connected>,
 }
@@ -62,11 +72,14 @@ pub enum SocketError {
     #[error("a connected socket is the only link; {0} cannot be used as well")]
     OneLink(&'static str),
     /// Not all were handed over.
-    #[error("systemd handed over no socket named {name:?}; start {unit}")]
+    #[error(
+        "systemd handed over no socket named {name:?}; start {unit}.socket, or {unit}@NAME.socket of \
+         instance NAME"
+    )]
     Missing {
         /// The name.
         name: &'static str,
-        /// The unit that has it.
+        /// The unit that has it, without instance and suffix.
         unit: String,
     },
     /// A path cannot be bound.
@@ -133,12 +146,14 @@ impl Sockets {
             let taken = match name.as_str() {
                 STREAM => take_unix(&mut descriptors, index, &mut self.stream),
                 REMOTE => take_unix(&mut descriptors, index, &mut self.remote),
-                PAGES => take_tcp(&mut descriptors, index, &mut self.pages),
+                PAGES => take_bound(&mut descriptors, index, &mut self.pages),
                 CONTROL => take_unix(&mut descriptors, index, &mut self.control),
                 LINK | CONNECTION if wanted.link.is_some() && self.connected.is_some() => {
                     return Err(SocketError::OneLink("what systemd handed over for it"));
                 }
-                LINK if wanted.link.is_some() => take_tcp(&mut descriptors, index, &mut self.link),
+                LINK if wanted.link.is_some() => {
+                    take_bound(&mut descriptors, index, &mut self.link)
+                }
                 CONNECTION if wanted.link.is_some() => take_connected(&mut descriptors, index)
                     .map(|connected| self.connected = Some(connected)),
                 _ => {
@@ -168,7 +183,7 @@ impl Sockets {
             (LINK, needs_link && self.link.is_empty()),
         ] {
             if missing {
-                let unit = format!("{}-{name}.socket", wanted.daemon);
+                let unit = format!("{}-{name}", wanted.daemon);
                 return Err(SocketError::Missing { name, unit });
             }
         }
@@ -187,7 +202,7 @@ impl Sockets {
         self.control.push(bind(CONTROL_SOCKET)?);
         let listen = |key, address: &str| {
             let failed = |cause| SocketError::Listen { key, address: address.to_owned(), cause };
-            TcpListener::bind(address).map_err(failed)
+            TcpListener::bind(address).map(Bound::Tcp).map_err(failed)
         };
         if let (Some(address), None) = (wanted.link, &self.connected) {
             self.link.push(listen("listen", address)?);
@@ -209,12 +224,16 @@ fn take_connected(descriptors: &mut ListenFd, index: usize) -> io::Result<Connec
     Connected::adopt(socket).map_err(io::Error::other)
 }
 
-fn take_tcp(
+/// listenfd keeps a descriptor that is not of the family that was asked for.
+fn take_bound(
     descriptors: &mut ListenFd,
     index: usize,
-    sockets: &mut Vec<TcpListener>,
+    sockets: &mut Vec<Bound>,
 ) -> io::Result<()> {
-    sockets.extend(descriptors.take_tcp_listener(index)?);
+    match descriptors.take_unix_listener(index) {
+        Ok(socket) => sockets.extend(socket.map(Bound::Unix)),
+        Err(_) => sockets.extend(descriptors.take_tcp_listener(index)?.map(Bound::Tcp)),
+    }
     Ok(())
 }
 

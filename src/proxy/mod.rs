@@ -128,7 +128,7 @@ impl Daemon for Proxy {
         for listener in sockets.pages {
             let serving = proxy.clone();
             let serve = move |stream| pages::serve_shared(serving.clone(), stream);
-            proxy.listeners.serve_tcp("pages", listener, &max, serve)?;
+            proxy.listeners.serve_bound("pages", listener, &max, serve)?;
         }
         for listener in sockets.control {
             let (backend, admitting) = (control::Control(proxy.clone()), proxy.clone());

@@ -8,6 +8,7 @@
 mod run;
 mod speak;
 
+mod activated;
 mod given;
 mod given_end;
 mod settings;
