@@ -13,6 +13,7 @@
 mod bed;
 mod dirtier;
 
+mod memory;
 mod migrate;
 mod phaul;
 mod precopy;
