@@ -10,8 +10,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod bed;
+mod handbook;
 
 mod directories;
+mod drop_ins;
 mod failures;
 mod limits;
 mod migration;
