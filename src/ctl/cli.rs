@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::exit::HELP;
-use super::{migrate, open, restore};
+use super::{migrate, open, place, restore};
 
 /// The command line of `criu-imagectl`.
 #[derive(Debug, Parser)]
@@ -41,7 +41,7 @@ pub struct Cli {
 
 /// Which daemon is asked.
 #[derive(Debug, Default, Args)]
-#[group(multiple = false)]
+#[group(skip)]
 pub(super) struct Daemon {
     /// Ask criu-image-proxy
     #[arg(long, global = true, conflicts_with_all = ["cache", "socket"])]
@@ -50,6 +50,10 @@ pub(super) struct Daemon {
     /// Ask criu-image-cache
     #[arg(long, global = true, conflicts_with = "socket")]
     pub(super) cache: bool,
+
+    /// Ask the instance NAME: criu-image-proxy@NAME.service or criu-image-cache@NAME.service
+    #[arg(long, global = true, value_name = "NAME", value_parser = place::instance, conflicts_with = "socket")]
+    pub(super) instance: Option<String>,
 
     /// Ask the daemon whose control socket is at PATH
     #[arg(long, global = true, value_name = "PATH")]
@@ -380,6 +384,9 @@ mod tests {
     #[test]
     fn only_one_daemon_can_be_named() {
         assert!(Cli::try_parse_from(["criu-imagectl", "--proxy", "--cache", "list"]).is_err());
+        let instance = ["criu-imagectl", "--instance", "b", "list"];
+        assert!(Cli::try_parse_from([&instance[..], &["--socket", "/s"]].concat()).is_err());
+        assert!(Cli::try_parse_from([&instance[..], &["--cache"]].concat()).is_ok());
         assert!(Cli::try_parse_from(["criu-imagectl", "list", "--cache"]).is_ok());
     }
 }

@@ -1,13 +1,12 @@
 //! How the command ends: the exit status, and what is said about it.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use super::reach::beside;
+use super::place;
 use crate::client;
-use crate::control::model::Role;
-use crate::control::{CACHE_SOCKET, ClientError, PROXY_SOCKET};
+use crate::control::ClientError;
 
 /// The exit status. `--help` documents it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +96,7 @@ impl Failure {
 
     /// Writes it to stderr. If that cannot be written, nobody reads it.
     pub(super) fn report(&self) {
-        let mut stderr = std::io::stderr().lock();
+        let mut stderr = io::stderr().lock();
         let _ = writeln!(stderr, "criu-imagectl: {}", self.what);
         if let Some(cure) = &self.cure {
             let _ = writeln!(stderr, "  {cure}");
@@ -105,20 +104,23 @@ impl Failure {
     }
 }
 
+/// What to do when nobody answers on a socket, or we may not ask.
+fn unreachable(socket: &Path, error: &io::Error) -> String {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        return "be root, or a user in allow-uids and in the group criu-image".to_owned();
+    }
+    place::unit(socket).map_or_else(
+        || "start the daemon whose --work-dir this is".to_owned(),
+        |unit| format!("systemctl start {unit}"),
+    )
+}
+
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Failure {
         let what = error.to_string();
         match error {
             ClientError::Unreachable { path, source } => {
-                let cure = if source.kind() == std::io::ErrorKind::PermissionDenied {
-                    "be root, or a user in allow-uids and in the group criu-image"
-                } else if path.as_os_str() == PROXY_SOCKET {
-                    "systemctl start criu-image-proxy-control.socket"
-                } else if path.as_os_str() == CACHE_SOCKET {
-                    "systemctl start criu-image-cache-control.socket"
-                } else {
-                    "start the daemon whose --work-dir this is"
-                };
+                let cure = unreachable(&path, &source);
                 let what = format!("the daemon cannot be reached: {what}");
                 Failure::new(Exit::Unreachable, what).cure(cure)
             }
@@ -139,16 +141,7 @@ impl From<client::Error> for Failure {
         let what = error.to_string();
         match error {
             Error::Unreachable { path, source } => {
-                let is = |control: &str, role| path == beside(Path::new(control), role);
-                let cure = if source.kind() == std::io::ErrorKind::PermissionDenied {
-                    "be root, or a user in allow-uids and in the group criu-image"
-                } else if is(PROXY_SOCKET, Role::Proxy) {
-                    "systemctl start criu-image-proxy-remote.socket (source host)"
-                } else if is(CACHE_SOCKET, Role::Cache) {
-                    "systemctl start criu-image-cache-remote.socket (destination host)"
-                } else {
-                    "start the daemon whose --work-dir this is"
-                };
+                let cure = unreachable(&path, &source);
                 let what = format!("the daemon cannot be reached: {what}");
                 Failure::new(Exit::Unreachable, what).cure(cure)
             }

@@ -16,6 +16,7 @@ mod interrupts;
 mod look;
 mod migrate;
 mod open;
+mod place;
 mod print;
 mod push;
 mod put;

@@ -5,27 +5,37 @@ use std::path::{Path, PathBuf};
 
 use super::cli::Daemon;
 use super::exit::{Exit, Failure};
+use super::place::{self, word};
 use crate::client;
+use crate::control::Client;
 use crate::control::model::Role;
-use crate::control::{CACHE_SOCKET, Client, PROXY_SOCKET};
 use crate::criu::names::check_id;
 use crate::criu::remote;
+
+/// Both daemons.
+const ROLES: [Role; 2] = [Role::Proxy, Role::Cache];
 
 /// The sockets of every daemon that is asked: the named one, or those that exist.
 pub(super) fn all(daemon: &Daemon) -> Result<Vec<PathBuf>, Failure> {
     if let Some(path) = named(daemon) {
         return Ok(vec![path]);
     }
-    let sockets = [PROXY_SOCKET, CACHE_SOCKET].map(PathBuf::from);
-    let there: Vec<_> = sockets.into_iter().filter(|path| path.exists()).collect();
-    if there.is_empty() {
-        let what = format!("no daemon is here: neither {PROXY_SOCKET} nor {CACHE_SOCKET} exists");
-        return Err(Failure::new(Exit::Unreachable, what).cure(
-            "systemctl start criu-image-proxy-control.socket (source host) or \
-             criu-image-cache-control.socket (destination host)",
-        ));
-    }
-    Ok(there)
+    let sockets = ROLES.map(|role| control(daemon, role));
+    let there: Vec<_> = sockets.iter().filter(|path| path.exists()).cloned().collect();
+    if there.is_empty() { Err(none_of(&sockets)) } else { Ok(there) }
+}
+
+/// No daemon is there that could be meant.
+fn none_of([proxy, cache]: &[PathBuf; 2]) -> Failure {
+    let what =
+        format!("no daemon is here: neither {} nor {} exists", proxy.display(), cache.display());
+    let cure = match (place::unit(proxy), place::unit(cache)) {
+        (Some(proxy), Some(cache)) => {
+            format!("systemctl start {proxy} (source host) or {cache} (destination host)")
+        }
+        _ => "start the daemon whose --work-dir this is".to_owned(),
+    };
+    Failure::new(Exit::Unreachable, what).cure(cure)
 }
 
 /// Connects to the one daemon that is meant.
@@ -51,74 +61,56 @@ pub(super) async fn only(
     if wrong {
         return Err(mistaken(command, role));
     }
-    let path = daemon.socket.clone().unwrap_or_else(|| control_socket(role).into());
+    let path = control(daemon, role);
     let mut client = Client::connect(path).await?;
     if client.status().await?.role == role { Ok(client) } else { Err(mistaken(command, role)) }
 }
 
 /// The daemon of a role on its socket of the remote protocol, which lies beside the control socket.
 pub(super) fn remote(daemon: &Daemon, role: Role) -> client::Client {
-    let control = named(daemon).unwrap_or_else(|| control_socket(role).into());
-    client::Client::at(beside(&control, role))
+    client::Client::at(beside(&control(daemon, role), role))
 }
 
 /// The daemon that is meant, by which sockets of the remote protocol exist.
 pub(super) fn remote_role(daemon: &Daemon) -> Result<Role, Failure> {
-    let [proxy, cache] = [Role::Proxy, Role::Cache].map(|role| {
-        let control = daemon.socket.clone().unwrap_or_else(|| control_socket(role).into());
-        beside(&control, role)
-    });
-    match (proxy.exists(), cache.exists()) {
+    let sockets = ROLES.map(|role| beside(&control(daemon, role), role));
+    match (sockets[0].exists(), sockets[1].exists()) {
         _ if daemon.proxy => Ok(Role::Proxy),
         _ if daemon.cache => Ok(Role::Cache),
         (true, true) => Err(Failure::usage("both a proxy and a cache are here")
             .cure("say which one is meant: --proxy or --cache")),
         (true, false) => Ok(Role::Proxy),
         (false, true) => Ok(Role::Cache),
-        (false, false) => {
-            let (proxy, cache) = (proxy.display(), cache.display());
-            let what = format!("no daemon is here: neither {proxy} nor {cache} exists");
-            let cure = if daemon.socket.is_some() {
-                "start the daemon whose --work-dir this is"
-            } else {
-                "systemctl start criu-image-proxy-remote.socket (source host) or \
-                 criu-image-cache-remote.socket (destination host)"
-            };
-            Err(Failure::new(Exit::Unreachable, what).cure(cure))
-        }
+        (false, false) => Err(none_of(&sockets)),
     }
 }
 
 /// The socket of the remote protocol in the directory of a control socket.
-pub(super) fn beside(control: &Path, role: Role) -> PathBuf {
+fn beside(control: &Path, role: Role) -> PathBuf {
     control.with_file_name(match role {
         Role::Proxy => remote::PROXY_SOCKET,
         Role::Cache => remote::CACHE_SOCKET,
     })
 }
 
-fn control_socket(role: Role) -> &'static str {
-    match role {
-        Role::Proxy => PROXY_SOCKET,
-        Role::Cache => CACHE_SOCKET,
-    }
+/// The control socket of the daemon of a role that is meant.
+fn control(daemon: &Daemon, role: Role) -> PathBuf {
+    let by_role = || place::control_socket(role, daemon.instance.as_deref());
+    daemon.socket.clone().unwrap_or_else(by_role)
 }
 
 /// A command that only the daemon of a role has was asked of the other one.
 pub(super) fn mistaken(command: &str, role: Role) -> Failure {
-    let name = match role {
-        Role::Proxy => "proxy",
-        Role::Cache => "cache",
-    };
+    let name = word(role);
     Failure::usage(format!("{command} is a command of the {name}, not of the other daemon"))
         .cure(format!("criu-imagectl --{name} {command} …"))
 }
 
 fn named(daemon: &Daemon) -> Option<PathBuf> {
     if daemon.proxy {
-        Some(PROXY_SOCKET.into())
+        Some(control(daemon, Role::Proxy))
     } else if daemon.cache {
-        Some(CACHE_SOCKET.into())
+        Some(control(daemon, Role::Cache))
     } else {
         daemon.socket.clone()
     }

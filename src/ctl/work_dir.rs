@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use std::{env, process};
 
 use super::exit::Failure;
-
-/// Where directories of the relay are under systemd: on a tmpfs.
-const RUN: &str = "/run/criu-image";
+use super::place::RUN;
 
 /// A directory that only its owner can read, removed in the end unless it is kept.
 #[derive(Debug)]

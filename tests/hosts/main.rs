@@ -12,9 +12,11 @@
 mod bed;
 mod handbook;
 
+mod confinement;
 mod directories;
 mod drop_ins;
 mod failures;
+mod instances;
 mod limits;
 mod migration;
 mod one_command;

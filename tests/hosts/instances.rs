@@ -1,0 +1,179 @@
+//! More than one proxy or cache on a host.
+
+use crate::bed::{BOTH, Bed, Host, wait_until};
+use crate::handbook::{blocks, done};
+
+/// Takes a connection on port 9998 of this machine to a unix socket, as ssh does.
+const TUNNEL: &str = "import socket, sys, threading
+def pass_on(one, other):
+    while data := one.recv(1 << 16):
+        other.sendall(data)
+    other.shutdown(socket.SHUT_WR)
+listener = socket.create_server(('127.0.0.1', 9998))
+while True:
+    one = listener.accept()[0]
+    other = socket.socket(socket.AF_UNIX)
+    other.connect(sys.argv[1])
+    threading.Thread(target=pass_on, args=(one, other)).start()
+    threading.Thread(target=pass_on, args=(other, one)).start()
+";
+
+fn start(bed: &Bed, host: Host, kinds: &[&str]) {
+    for kind in kinds {
+        let socket = format!("{}-{kind}@rack7.socket", host.daemon());
+        bed.ok(host, &["systemctl", "start", &socket]);
+    }
+}
+
+/// Does what the page says, with the configuration that it leaves to be edited.
+fn set_up(bed: &Bed) {
+    let [by_port, _] = <[_; 2]>::try_from(blocks("### Several on a host")).unwrap();
+    done(bed, &by_port[..1]);
+    let mut at_the_proxy = by_port[1].clone();
+    let edit = "sed -i 's|^cache = .*|cache = \"10.77.0.2:9998\"|' /etc/criu-image-relay/proxy@rack7.toml\n";
+    let copied = at_the_proxy.1.find("systemctl").unwrap();
+    at_the_proxy.1.insert_str(copied, edit);
+    done(bed, &[at_the_proxy]);
+}
+
+#[test]
+fn a_process_moves_from_an_instance_to_an_instance() {
+    let bed = Bed::up();
+    set_up(&bed);
+    bed.ok(Host::B, &["bash", "-c", "mkdir -p /etc/systemd/system/criu-image-restore@.service.d &&
+        printf '[Service]\\nEnvironment=\"RESTORE_OPTIONS=--instance rack7\"\\n' \\
+            >/etc/systemd/system/criu-image-restore@.service.d/instance.conf && systemctl daemon-reload"]);
+    bed.ok(Host::B, &["systemctl", "start", "--no-block", "criu-image-restore@web"]);
+    let pid = bed.workload(Host::A, "web", 16);
+    let before = bed.ask(Host::A, "web", &pid);
+    bed.ctl(
+        Host::A,
+        &[
+            "--instance",
+            "rack7",
+            "migrate",
+            "-t",
+            &pid,
+            "--snapshot",
+            "web",
+            "--max-downtime",
+            "1min",
+        ],
+    );
+    wait_until("the restore ends", || {
+        let state = ["systemctl", "show", "-P", "Result,ActiveState", "criu-image-restore@web"];
+        bed.ok(Host::B, &state) == "success\ninactive\n"
+            || bed.ok(Host::B, &state) == "inactive\nsuccess\n"
+    });
+    assert_eq!(bed.ask(Host::B, "web", &pid).checksum, before.checksum);
+
+    // By CRIU's own means, too; and by name.
+    let pid = bed.workload(Host::A, "db", 16);
+    let before = bed.ask(Host::A, "db", &pid);
+    bed.ok(Host::A, &Bed::dump(&pid, "/run/criu-image/proxy@rack7"));
+    bed.ok(Host::B, &Bed::restore("/run/criu-image/cache@rack7"));
+    assert_eq!(bed.ask(Host::B, "db", &pid).checksum, before.checksum);
+    let ctl = ["criu-imagectl", "--instance", "rack7"];
+    bed.ok(Host::A, &[&ctl[..], &["put", "--list", "--finish", "job", "/etc/hostname"]].concat());
+    assert_eq!(bed.ok(Host::B, &[&ctl[..], &["get", "job", "hostname"]].concat()), "host-a\n");
+
+    // Nothing of it was the plain daemons'.
+    for host in BOTH {
+        assert_eq!(bed.ctl(host, &["list"]).as_array().unwrap().len(), 0);
+    }
+    let instances = bed.ctl(Host::B, &["--instance", "rack7", "list"]);
+    assert_eq!(instances.as_array().unwrap().len(), 3, "{instances}");
+}
+
+#[test]
+fn without_a_port_a_tunnel_leads_to_the_link() {
+    let bed = Bed::up();
+    bed.ok(
+        Host::B,
+        &["cp", "/etc/criu-image-relay/cache.toml", "/etc/criu-image-relay/cache@rack7.toml"],
+    );
+    bed.ok(Host::B, &["sed", "-i", "s/^insecure = .*//", "/etc/criu-image-relay/cache@rack7.toml"]);
+    bed.ok(
+        Host::B,
+        &[
+            "bash",
+            "-c",
+            "echo 'cache = \"127.0.0.1:9998\"' >/etc/criu-image-relay/proxy@rack7.toml",
+        ],
+    );
+    start(&bed, Host::B, &["stream", "remote", "control", "link"]);
+    for kind in ["stream", "remote", "control"] {
+        bed.ok(Host::B, &["systemctl", "start", &format!("criu-image-proxy-{kind}@rack7.socket")]);
+    }
+    let mut tunnel =
+        bed.spawn(Host::B, &["python3", "-c", TUNNEL, "/run/criu-image/cache@rack7/link.sock"]);
+    let tunnelled = [
+        "criu-imagectl",
+        "--instance",
+        "rack7",
+        "put",
+        "--list",
+        "--finish",
+        "web",
+        "/etc/hostname",
+    ];
+    wait_until("the tunnel is there", || bed.run(Host::B, &tunnelled).status.success());
+    let get = ["criu-imagectl", "--cache", "--instance", "rack7", "get", "web", "hostname"];
+    assert_eq!(bed.ok(Host::B, &get), "host-b\n");
+    tunnel.kill().unwrap();
+    tunnel.wait().unwrap();
+
+    // The socket is not for everybody on the machine.
+    let connect = "import socket, sys
+link = socket.socket(socket.AF_UNIX)
+link.settimeout(5)
+link.connect('/run/criu-image/cache@rack7/link.sock')
+print(link.recv(100))";
+    let stranger = |group: &str| {
+        let user = [
+            "setpriv",
+            "--reuid=65534",
+            "--regid",
+            group,
+            "--clear-groups",
+            "python3",
+            "-c",
+            connect,
+        ];
+        bed.run(Host::B, &user)
+    };
+    assert!(!stranger("65534").status.success());
+    assert_eq!(String::from_utf8_lossy(&stranger("criu-image").stdout), "b''\n");
+    wait_until("the refusal is in the journal", || {
+        let refused = bed.journal(Host::B, &["-u", "criu-image-cache@rack7", "PRIORITY=4"]);
+        let told = |entry: &serde_json::Value| {
+            let message = entry["MESSAGE"].as_str().unwrap();
+            message.contains(
+                "a link from a unix socket is refused: its uid, 65534, is not in allow-uids",
+            )
+        };
+        refused.iter().any(told)
+    });
+}
+
+#[test]
+fn an_instance_without_configuration_says_so() {
+    let bed = Bed::up();
+    for host in BOTH {
+        start(&bed, host, &["stream", "control"]);
+        let asked = bed.run(host, &["criu-imagectl", "--instance", "rack7", "status"]);
+        assert_eq!(asked.status.code(), Some(1), "{asked:?}");
+        let unit = format!("{}@rack7.service", host.daemon());
+        wait_until("the journal says why", || {
+            let journal = bed.ok(host, &["journalctl", "-u", &unit, "-o", "cat"]);
+            let file = format!("{}@rack7.toml", &host.daemon()["criu-image-".len()..]);
+            journal.contains(&format!("/etc/criu-image-relay/{file}: no such file"))
+        });
+        let status = ["systemctl", "show", "-P", "ExecMainStatus", &unit];
+        assert_eq!(bed.ok(host, &status), "78\n");
+    }
+    let gone = bed.run(Host::A, &["criu-imagectl", "--instance", "other", "status"]);
+    let said = String::from_utf8(gone.stderr).unwrap();
+    assert_eq!(gone.status.code(), Some(3), "{said}");
+    assert!(said.contains("systemctl start criu-image-proxy-control@other.socket"), "{said}");
+}
