@@ -8,7 +8,7 @@ use super::incoming::DROPPED;
 use super::link::Over;
 use crate::criu::pages::{Contents, Run, Space};
 use crate::daemon::sessions::Session;
-use crate::store::pages::{PAGE, PageRange, Place};
+use crate::store::pages::{PAGE, Place};
 use crate::store::{ComingRound, Store};
 use crate::wire::lane::{LaneError, Reader};
 
@@ -58,7 +58,7 @@ impl ArrivingRound {
     pub(super) fn pages(&mut self, run: Run) -> Result<(), String> {
         if run.contents() == Contents::Parent {
             let space = self.current()?;
-            let inherited = self.coming.round.inherit(&space, range_of(run)?);
+            let inherited = self.coming.round.inherit(&space, run.range());
             return inherited.map_err(|refused| refused.to_string());
         }
         self.rest = Some(run);
@@ -115,10 +115,7 @@ impl ArrivingRound {
             Ok(next) => next,
             Err(reason) => return Ok(Err(reason)),
         };
-        let range = match range_of(piece) {
-            Ok(range) => range,
-            Err(reason) => return Ok(Err(reason)),
-        };
+        let range = piece.range();
         let charged = tokio::select! {
             biased;
             charged = store.charge_pages(&self.coming, range.bytes()) => charged,
@@ -136,21 +133,14 @@ impl ArrivingRound {
     /// Cuts a piece off what has no place yet.
     fn take_piece(&mut self) -> Result<Run, String> {
         // The receiver lets no bytes pass that were not announced.
-        let rest = self.rest.take().ok_or("pages that were not announced")?;
-        let (address, contents) = (rest.address(), rest.contents());
-        let pages = rest.pages().min(PIECE);
-        if let Some(left) = rest.pages().checked_sub(pages).filter(|left| *left > 0) {
-            let next = Run::new(address + pages * PAGE, left, contents);
-            self.rest = Some(next.map_err(|bad| bad.to_string())?);
-        }
-        Run::new(address, pages, contents).map_err(|bad| bad.to_string())
+        let Some((Some(piece), rest)) = self.rest.take().map(|rest| rest.split(PIECE)) else {
+            return Err("pages that were not announced".to_owned());
+        };
+        self.rest = rest;
+        Ok(piece)
     }
 
     fn current(&self) -> Result<Space, String> {
         self.space.ok_or_else(|| "pages before any page space".to_owned())
     }
-}
-
-fn range_of(run: Run) -> Result<PageRange, String> {
-    PageRange::new(run.address(), run.pages()).map_err(|bad| bad.to_string())
 }

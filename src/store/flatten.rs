@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use super::files::NoFiles;
 use super::image::Image;
-use super::pages::{Flat, PageRange, Round};
+use super::pages::{Flat, Round};
 use super::snapshot::Images;
 use super::{Key, Store};
 use crate::criu::pagemap::{Pagemap, Placed};
@@ -95,21 +95,21 @@ fn place(
     source: Option<&Image>,
 ) -> Result<(), String> {
     let Placed { run, offset } = *placed;
-    let range = |address, pages| PageRange::new(address, pages).map_err(|bad| bad.to_string());
     match (run.contents(), source) {
         (Contents::Present { .. }, Some(source)) => {
-            let mut address = run.address();
+            let mut left = Some(run.range());
             for held in source.pages(offset / PAGE_SIZE, run.pages()) {
-                let range = range(address, held.range().pages())?;
+                let pages = held.range().pages();
+                let Some((Some(range), rest)) = left.map(|left| left.split(pages)) else { break };
                 let shared = round.share(&space, range, run.contents().flags(), &held);
                 shared.map_err(|refused| refused.to_string())?;
-                address = range.end_address();
+                left = rest;
             }
             Ok(())
         }
-        (Contents::Parent, _) => round
-            .inherit(&space, range(run.address(), run.pages())?)
-            .map_err(|refused| refused.to_string()),
+        (Contents::Parent, _) => {
+            round.inherit(&space, run.range()).map_err(|refused| refused.to_string())
+        }
         (Contents::Lazy, _) | (Contents::Present { .. }, None) => Err(format!(
             "the pages of {space} at {:#x} are not in it but still at the source",
             run.address()

@@ -3,7 +3,7 @@
 use super::command::BadCommand;
 use super::header::{Dialect, Header};
 use super::kind::{COMMAND_BITS, Kind};
-use crate::criu::pages::{Contents, check_range};
+use crate::criu::pages::{Contents, PageRange};
 
 /// The answer to OPEN2: whether the space has a parent.
 pub fn open(has_parent: bool) -> [u8; 1] {
@@ -23,7 +23,7 @@ pub fn status(received: bool) -> [u8; 4] {
 /// The header of the answer to GET; the pages follow it. Fewer pages than were asked for may be sent, but not
 /// none.
 pub fn get(dialect: Dialect, id: u64, address: u64, pages: u64) -> Result<Vec<u8>, BadCommand> {
-    check_range(address, pages).map_err(|range| BadCommand::GetRange { id, range })?;
+    PageRange::new(address, pages).map_err(|range| BadCommand::GetRange { id, range })?;
     let present = Contents::Present { lazy: false }.flags() << COMMAND_BITS;
     let cmd = present | Kind::AddFlags as u32;
     Header { cmd, nr_pages: pages, vaddr: address, dst_id: id }.encode(dialect)

@@ -2,7 +2,7 @@
 
 use super::header::Header;
 use super::kind::{COMMAND_BITS, Kind};
-use crate::criu::pages::{BadFlags, BadRange, Contents, Run, Space, check_range};
+use crate::criu::pages::{BadFlags, BadRange, Contents, PageRange, Run, Space};
 
 /// The types of spaces in `dst_id`, its lowest byte.
 const TYPE_BITS: u32 = 8;
@@ -154,7 +154,7 @@ impl Command {
                 return Ok(Command::Pages { space, run });
             }
             Kind::Get => {
-                check_range(address, pages)
+                PageRange::new(address, pages)
                     .map_err(|range| BadCommand::GetRange { id: dst_id, range })?;
                 return Ok(Command::Get { id: dst_id, address, pages });
             }

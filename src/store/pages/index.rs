@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use super::layer::Run;
-use super::range::PageRange;
 use super::tree::{Runs, Tree};
+use crate::criu::pages::PageRange;
 
 /// The pages of one page space: runs, not pages. A clone costs nothing, and is not changed by what is
 /// done to the other.

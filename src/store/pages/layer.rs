@@ -5,8 +5,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
-use super::range::{PAGE, PageRange};
 use super::seen::Seen;
+use super::{PAGE, PageRange};
 use crate::store::quota::Charge;
 use crate::sys::memfd;
 

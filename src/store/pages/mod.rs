@@ -32,15 +32,15 @@
 mod flat;
 mod index;
 mod layer;
-mod range;
 mod round;
 mod seen;
 mod tree;
 
+pub use crate::criu::pages::{PAGE_SIZE as PAGE, PageRange};
+
 pub use flat::Flat;
 pub use index::{Index, Part, Parts};
 pub use layer::{Layer, Run};
-pub use range::{BadRange, PAGE, PageRange};
 pub use round::{Place, Refused, Round};
 pub use tree::Runs;
 

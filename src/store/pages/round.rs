@@ -9,7 +9,7 @@ use std::rc::Rc;
 use super::flat::Flat;
 use super::index::Index;
 use super::layer::{Layer, Run};
-use super::range::PageRange;
+use crate::criu::pages::PageRange;
 use crate::store::quota::Charge;
 
 /// A snapshot has at most this many page spaces, more than any dump: they cost memory that is not charged

@@ -9,7 +9,7 @@
 use std::rc::Rc;
 
 use super::layer::Run;
-use super::range::PageRange;
+use crate::criu::pages::PageRange;
 
 /// One side may be at most so many times heavier than the other.
 const DELTA: usize = 3;

@@ -1,8 +1,9 @@
 //! Memory in pages, as the page server protocol and the pagemap images both describe it: whose memory
 //! it is, which pages, and where their bytes are.
 
-/// The bytes of a page. CRIU counts in pages of the host that it runs on; those of x86 are these.
-pub const PAGE_SIZE: u64 = 4096;
+mod range;
+
+pub use range::{BadRange, PAGE_SIZE, PageRange};
 
 /// `PE_PARENT` (`criu/include/pagemap.h`): the pages are in the parent snapshot.
 const PE_PARENT: u32 = 1;
@@ -126,29 +127,32 @@ pub enum BadFlags {
     None,
 }
 
-/// Consecutive pages of the same kind. There is at least one, and the last ends below 2^64.
+/// Consecutive pages of the same kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Run {
-    address: u64,
-    pages: u64,
+    range: PageRange,
     contents: Contents,
 }
 
 impl Run {
     /// Pages from `address` on, if there can be such.
     pub fn new(address: u64, pages: u64, contents: Contents) -> Result<Run, BadRange> {
-        check_range(address, pages)?;
-        Ok(Run { address, pages, contents })
+        Ok(Run { range: PageRange::new(address, pages)?, contents })
+    }
+
+    /// Which they are.
+    pub fn range(&self) -> PageRange {
+        self.range
     }
 
     /// Where the first begins.
     pub fn address(&self) -> u64 {
-        self.address
+        self.range.address()
     }
 
     /// How many there are.
     pub fn pages(&self) -> u64 {
-        self.pages
+        self.range.pages()
     }
 
     /// Where they are.
@@ -158,47 +162,23 @@ impl Run {
 
     /// Where the last ends.
     pub fn end(&self) -> u64 {
-        self.address + self.pages * PAGE_SIZE
+        self.range.end_address()
     }
 
     /// How many bytes of them are in the pages image, or follow on the wire.
     pub fn payload_len(&self) -> u64 {
         match self.contents {
-            Contents::Present { .. } => self.pages * PAGE_SIZE,
+            Contents::Present { .. } => self.range.bytes(),
             Contents::Parent | Contents::Lazy => 0,
         }
     }
-}
 
-/// Pages that cannot be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum BadRange {
-    /// None.
-    #[error("no pages at {0:#x}")]
-    Empty(u64),
-    /// The address is within a page.
-    #[error("pages at {0:#x}, which is not where a page begins")]
-    Unaligned(u64),
-    /// The last ends beyond the last address.
-    #[error("{pages} pages at {address:#x} end beyond 2^64")]
-    TooLong {
-        /// Where they begin.
-        address: u64,
-        /// How many.
-        pages: u64,
-    },
-}
-
-/// Checks that there can be so many pages at the address.
-pub fn check_range(address: u64, pages: u64) -> Result<(), BadRange> {
-    if address % PAGE_SIZE != 0 {
-        return Err(BadRange::Unaligned(address));
+    /// The first of them, at most so many, and the rest; `None` of none.
+    pub fn split(&self, pages: u64) -> (Option<Run>, Option<Run>) {
+        let Run { range, contents } = *self;
+        let (first, rest) = range.split(pages);
+        (first.map(|range| Run { range, contents }), rest.map(|range| Run { range, contents }))
     }
-    if pages == 0 {
-        return Err(BadRange::Empty(address));
-    }
-    let end = pages.checked_mul(PAGE_SIZE).and_then(|len| address.checked_add(len));
-    if end.is_none() { Err(BadRange::TooLong { address, pages }) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -270,17 +250,6 @@ pub(super) mod tests {
             BadFlags::Unknown(8).to_string(),
             "unknown flags 0x8 (known are 1 PE_PARENT, 2 PE_LAZY and 4 PE_PRESENT)"
         );
-    }
-
-    #[test]
-    fn a_run_has_pages_and_ends_below_2_to_the_64() {
-        let run = |address, pages| Run::new(address, pages, Contents::Parent);
-        assert_eq!(run(0x1000, 0), Err(BadRange::Empty(0x1000)));
-        assert_eq!(run(0x1001, 1), Err(BadRange::Unaligned(0x1001)));
-        assert!(run(0u64.wrapping_sub(2 * PAGE_SIZE), 1).is_ok());
-        for (address, pages) in [(0u64.wrapping_sub(PAGE_SIZE), 1), (0, 1 << 52), (0, u64::MAX)] {
-            assert_eq!(run(address, pages), Err(BadRange::TooLong { address, pages }));
-        }
     }
 
     proptest! {
