@@ -1,206 +1,23 @@
 //! The cache's side of the link, without I/O: takes messages in, checks their order and counts, and
 //! says what to do about each.
 
-use std::collections::{BTreeMap, HashMap};
+mod action;
+mod incoming;
+mod violation;
+
+use std::collections::BTreeMap;
 
 use super::message::{
-    self, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, RegionRequest, SnapshotBegin,
-    SnapshotEnd, SnapshotList, announced,
+    self, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, SnapshotBegin, SnapshotEnd,
+    SnapshotList, announced,
 };
 use crate::criu::names::{check_id, check_image, check_list};
-use crate::criu::pages::{Contents, Run, Space};
+use crate::criu::pages::{Contents, Run};
 
-/// What the cache has to do about a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Nothing.
-    Nothing,
-    /// A snapshot begins.
-    Begin {
-        /// Its number on this link.
-        snapshot: u32,
-        /// Its id.
-        id: String,
-        /// Whether it is kept for those who ask for it by its id.
-        named: bool,
-        /// The snapshot in which it has pages that its own images lack.
-        parent: Option<String>,
-    },
-    /// A round of a snapshot's pages begins.
-    BeginRound {
-        /// The round's number on this link.
-        snapshot: u32,
-        /// The snapshot's id.
-        id: String,
-        /// The snapshot whose pages they are based on, if it is not this one itself.
-        parent: Option<String>,
-    },
-    /// A page space begins.
-    Space {
-        /// The round's number.
-        snapshot: u32,
-        /// Which.
-        space: Space,
-    },
-    /// Pages are as in the parent, or follow.
-    Pages {
-        /// The round's number.
-        snapshot: u32,
-        /// Which.
-        run: Run,
-    },
-    /// The payload belongs to the pages that were announced last, after what has come of them.
-    PageData {
-        /// The round's number.
-        snapshot: u32,
-    },
-    /// Nobody goes on with a snapshot that has only pages.
-    Forget {
-        /// Its id.
-        id: String,
-    },
-    /// A round has come that was announced so.
-    CompleteRound {
-        /// Its number.
-        snapshot: u32,
-        /// How many page spaces began.
-        spaces: u64,
-        /// How many bytes of pages came.
-        bytes: u64,
-    },
-    /// The snapshot's id is appended to a list.
-    List {
-        /// The snapshot's number.
-        snapshot: u32,
-        /// The list's name.
-        list: String,
-    },
-    /// An image begins.
-    BeginImage {
-        /// The snapshot's number.
-        snapshot: u32,
-        /// The image's number in the snapshot.
-        image: u32,
-        /// CRIU's name for it.
-        name: String,
-        /// Whether it goes on at the end of the image of that name.
-        append: bool,
-    },
-    /// The payload belongs at the end of the image.
-    Append {
-        /// The snapshot's number.
-        snapshot: u32,
-        /// The image's number in the snapshot.
-        image: u32,
-    },
-    /// The payload belongs to a snapshot that was given up: drop it.
-    Discard,
-    /// An image has ended.
-    EndImage {
-        /// The snapshot's number.
-        snapshot: u32,
-        /// The image's number in the snapshot.
-        image: u32,
-        /// How many bytes have come.
-        size: u64,
-    },
-    /// A part of an image is asked for.
-    Region(RegionRequest),
-    /// Everything has come that was announced.
-    Complete {
-        /// The snapshot's number.
-        snapshot: u32,
-        /// How many images ended.
-        images: u64,
-        /// The sum of their sizes.
-        bytes: u64,
-        /// Whether it need not be a checkpoint by itself.
-        partial: bool,
-    },
-    /// The snapshot cannot be completed. Unless the peer aborted it itself, it is told.
-    Damaged {
-        /// The snapshot's number.
-        snapshot: u32,
-        /// Why.
-        reason: String,
-        /// Whether the peer knows, having said so itself.
-        by_peer: bool,
-    },
-    /// The peer ends the link, and says why.
-    Goodbye(String),
-}
+pub use action::Action;
+pub use violation::Violation;
 
-/// A peer that breaks the protocol: the link cannot be trusted and ends.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Violation {
-    /// A message that this side never gets, or not now.
-    #[error("a {0} out of order")]
-    OutOfOrder(&'static str),
-    /// A number that was never begun, or has ended.
-    #[error("a {kind} for snapshot number {snapshot}, which is not under way")]
-    NoSuchSnapshot {
-        /// The message.
-        kind: &'static str,
-        /// The number it named.
-        snapshot: u32,
-    },
-    /// A peer that begins more and more, and ends none.
-    #[error("{0} snapshots begun on one link, and none of them ended")]
-    TooManySnapshots(usize),
-    /// A number that is in use, or was.
-    #[error("snapshot number {0} begun twice on one link")]
-    SnapshotTwice(u32),
-    /// An image that was never begun, or has ended.
-    #[error("a {kind} for image number {image} of snapshot {id}, which is not open")]
-    NoSuchImage {
-        /// The message.
-        kind: &'static str,
-        /// The snapshot's id.
-        id: String,
-        /// The number it named.
-        image: u32,
-    },
-    /// A message about images for a round of pages, or the other way round.
-    #[error("a {kind} for snapshot number {snapshot}, which {is}")]
-    WrongContents {
-        /// The message.
-        kind: &'static str,
-        /// The number it named.
-        snapshot: u32,
-        /// What that is.
-        is: &'static str,
-    },
-    /// More bytes of pages than were announced.
-    #[error("{len} bytes of pages of snapshot {id}, of which {missing} bytes were announced")]
-    TooManyPages {
-        /// The snapshot's id.
-        id: String,
-        /// How many have come.
-        len: u64,
-        /// How many were to come.
-        missing: u64,
-    },
-    /// An image number that is in use, or was.
-    #[error("image number {image} of snapshot {id} begun twice")]
-    ImageTwice {
-        /// The snapshot's id.
-        id: String,
-        /// The number.
-        image: u32,
-    },
-    /// Bytes that do not continue the image.
-    #[error("image {name} of snapshot {id} goes on at byte {offset}, but {expected} have come")]
-    Gap {
-        /// The snapshot's id.
-        id: String,
-        /// The image's name.
-        name: String,
-        /// Where the payload would belong.
-        offset: u64,
-        /// Where it should.
-        expected: u64,
-    },
-}
+use incoming::{Counts, Incoming, OpenImage, Round};
 
 /// The limits that a peer has to keep.
 #[derive(Debug, Clone, Copy)]
@@ -218,41 +35,6 @@ pub struct Receiver {
     snapshots: BTreeMap<u32, Incoming>,
     /// Numbers only grow, so that a late message can never be taken for another snapshot's.
     next: u64,
-}
-
-#[derive(Debug)]
-enum Incoming {
-    Receiving(Counts),
-    Round(Round),
-    /// This side gave it up; the peer may not know yet.
-    GivenUp,
-}
-
-#[derive(Debug, Default)]
-struct Counts {
-    id: String,
-    open: HashMap<u32, OpenImage>,
-    next_image: u64,
-    images: u64,
-    bytes: u64,
-}
-
-/// A round of pages.
-#[derive(Debug)]
-struct Round {
-    id: String,
-    /// Whether a page space has begun.
-    open: bool,
-    spaces: u64,
-    bytes: u64,
-    /// How many bytes of the pages that were announced last are still to come.
-    missing: u64,
-}
-
-#[derive(Debug)]
-struct OpenImage {
-    name: String,
-    size: u64,
 }
 
 impl Receiver {
@@ -525,35 +307,5 @@ impl Receiver {
 
     fn remove(&mut self, kind: &'static str, snapshot: u32) -> Result<Incoming, Violation> {
         self.snapshots.remove(&snapshot).ok_or(Violation::NoSuchSnapshot { kind, snapshot })
-    }
-}
-
-impl Incoming {
-    /// What has begun and not ended, in words.
-    fn unfinished(&self) -> Option<String> {
-        match self {
-            Incoming::Receiving(counts) => {
-                let open = counts.open.values().next()?;
-                Some(format!("it ended while image {} was still open", open.name))
-            }
-            Incoming::Round(round) => (round.missing > 0).then(|| round.cut_short()),
-            Incoming::GivenUp => None,
-        }
-    }
-}
-
-impl Round {
-    fn cut_short(&self) -> String {
-        format!("{} bytes of the pages that were announced did not come", self.missing)
-    }
-}
-
-impl Counts {
-    fn new(id: &str) -> Counts {
-        Counts { id: id.to_owned(), ..Counts::default() }
-    }
-
-    fn no_such_image(&self, kind: &'static str, image: u32) -> Violation {
-        Violation::NoSuchImage { kind, id: self.id.clone(), image }
     }
 }
