@@ -2,86 +2,21 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
-use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
-use tokio::time::{interval, timeout};
+use tokio::sync::{mpsc, watch};
 
-use super::upload::{Chunk, Fate, Told, Upload};
+use super::outgoing::{Command, send};
+use super::regions::Regions;
+use super::upload::{Fate, Told, Upload};
 use crate::config::LinkSettings;
-use crate::criu::pages::{Run, Space};
-use crate::sys::ends::Source;
+use crate::criu::pages::Space;
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{KeepAlive, Message, PagesForget, REGIONS_MAX, Region, RegionRequest};
-use crate::wire::sender::{Said, Sender, said};
+use crate::wire::message::{Message, Region, RegionRequest};
+use crate::wire::sender::{Said, said};
 
 /// How many commands may wait for the lane. Each image has at most one chunk under way.
 const QUEUE: usize = 64;
-
-/// What the lane is told to do next.
-#[derive(Debug)]
-pub(super) enum Command {
-    Begin {
-        snapshot: u32,
-        id: String,
-        parent: Option<String>,
-        named: bool,
-    },
-    BeginRound {
-        snapshot: u32,
-        id: String,
-        parent: Option<String>,
-    },
-    Space {
-        snapshot: u32,
-        space: Space,
-    },
-    Pages {
-        snapshot: u32,
-        run: Run,
-    },
-    /// At most `len` bytes of the pages that were announced last.
-    PageData {
-        snapshot: u32,
-        source: Rc<Source>,
-        len: usize,
-        moved: oneshot::Sender<io::Result<Chunk>>,
-    },
-    List {
-        snapshot: u32,
-        list: String,
-    },
-    BeginImage {
-        snapshot: u32,
-        image: u32,
-        name: String,
-        append: bool,
-    },
-    Chunk {
-        snapshot: u32,
-        image: u32,
-        source: Rc<Source>,
-        moved: oneshot::Sender<io::Result<Chunk>>,
-    },
-    EndImage {
-        snapshot: u32,
-        image: u32,
-    },
-    End {
-        snapshot: u32,
-        partial: bool,
-    },
-    Abort {
-        snapshot: u32,
-        reason: String,
-    },
-    Region(RegionRequest),
-    Forget {
-        id: String,
-    },
-}
 
 /// Those who wait for what the cache says.
 #[derive(Debug, Default)]
@@ -94,15 +29,6 @@ struct Waiting {
     spaces: HashMap<u32, HashSet<Space>>,
     /// The images whose writers want to know.
     images: HashMap<(u32, u32), mpsc::UnboundedSender<Told>>,
-    regions: HashMap<u32, Asked>,
-}
-
-/// A region that was asked for. It counts until the cache has answered, whether or not somebody still
-/// waits for it.
-#[derive(Debug)]
-struct Asked {
-    answer: oneshot::Sender<(Region, Vec<u8>)>,
-    _counts: OwnedSemaphorePermit,
 }
 
 /// A link that is up. Snapshots share it.
@@ -111,8 +37,7 @@ pub struct Connection {
     commands: mpsc::Sender<Command>,
     waiting: RefCell<Waiting>,
     next: Cell<u32>,
-    next_region: Cell<u32>,
-    regions: Arc<Semaphore>,
+    regions: Regions,
     closed: Cell<bool>,
 }
 
@@ -143,8 +68,7 @@ impl Connection {
             commands,
             waiting: RefCell::default(),
             next: Cell::new(0),
-            next_region: Cell::new(0),
-            regions: Arc::new(Semaphore::new(REGIONS_MAX)),
+            regions: Regions::default(),
             closed: Cell::new(false),
         });
         (connection, queue)
@@ -196,13 +120,14 @@ impl Connection {
         offset: u64,
         len: u32,
     ) -> Option<(Region, Vec<u8>)> {
-        let counts = self.regions.clone().acquire_owned().await.ok()?;
-        let request = self.next_region.replace(self.next_region.get().wrapping_add(1));
-        let (sender, answer) = oneshot::channel();
-        let asked = Asked { answer: sender, _counts: counts };
-        self.waiting.borrow_mut().regions.insert(request, asked);
         let (snapshot_id, name) = (snapshot_id.to_owned(), name.to_owned());
-        self.tell(Command::Region(RegionRequest { request, snapshot_id, name, offset, len })).await;
+        let ask = |request| RegionRequest { request, snapshot_id, name, offset, len };
+        self.ask(|request| Message::RegionRequest(ask(request))).await
+    }
+
+    async fn ask(&self, message: impl FnOnce(u32) -> Message) -> Option<(Region, Vec<u8>)> {
+        let (request, answer) = self.regions.begin().await?;
+        self.tell(Command::Ask(message(request))).await;
         if self.is_closed() {
             return None;
         }
@@ -310,12 +235,6 @@ impl Connection {
         }
         Ok(())
     }
-
-    /// A region has come: who asked for it gets it, if they are still there.
-    fn deliver(&self, region: Region, bytes: Vec<u8>) {
-        let asked = self.waiting.borrow_mut().regions.remove(&region.request);
-        let _ = asked.map(|asked| asked.answer.send((region, bytes)));
-    }
 }
 
 fn settle(fate: &watch::Sender<Fate>, outcome: Fate) {
@@ -343,111 +262,9 @@ async fn receive_one(reader: &mut Reader, connection: &Connection) -> Result<(),
     match said(message).map_err(|error| format!("the cache broke the protocol: {error}"))? {
         Said::Region(region) => {
             let bytes = reader.payload_to_memory(len).await.map_err(text)?;
-            connection.deliver(region, bytes);
+            connection.regions.deliver(region, bytes);
             Ok(())
         }
         said => connection.hear(said),
     }
-}
-
-/// The sending task: one command after the other, so that frames never mix. Returns why the
-/// connection is over.
-async fn send(
-    mut writer: Writer,
-    mut queue: mpsc::Receiver<Command>,
-    settings: &LinkSettings,
-) -> String {
-    let mut sender = Sender::default();
-    let mut pulse = interval(settings.keep_alive);
-    let max_chunk = usize::try_from(settings.max_chunk).unwrap_or(usize::MAX);
-    loop {
-        let command = tokio::select! {
-            command = queue.recv() => match command {
-                Some(command) => Some(command),
-                None => return "nobody uses it any more".to_owned(),
-            },
-            _ = pulse.tick() => None,
-        };
-        let sent = async {
-            match command {
-                Some(command) => obey(command, &mut sender, &mut writer, max_chunk).await,
-                None => writer.send(&Message::KeepAlive(KeepAlive {})).await,
-            }
-        };
-        // A cache that waits for its quota reads nothing for a while; one that never reads again
-        // must not hold CRIU's process frozen.
-        match timeout(settings.ack_timeout, sent).await {
-            Err(_) => return format!("the cache has read nothing for {:?}", settings.ack_timeout),
-            Ok(Err(error)) => return error.to_string(),
-            Ok(Ok(())) => {}
-        }
-    }
-}
-
-async fn obey(
-    command: Command,
-    sender: &mut Sender,
-    writer: &mut Writer,
-    max_chunk: usize,
-) -> io::Result<()> {
-    let message = match command {
-        Command::Begin { snapshot, id, parent, named } => {
-            Some(sender.begin_child(snapshot, &id, parent.as_deref(), named))
-        }
-        Command::BeginRound { snapshot, id, parent } => {
-            Some(sender.begin_round(snapshot, &id, parent.as_deref()))
-        }
-        Command::Space { snapshot, space } => sender.space(snapshot, space),
-        Command::Pages { snapshot, run } => sender.pages(snapshot, run),
-        Command::List { snapshot, list } => sender.list(snapshot, &list),
-        Command::BeginImage { snapshot, image, name, append } => {
-            sender.begin_image(snapshot, image, &name, append)
-        }
-        Command::EndImage { snapshot, image } => sender.end_image(snapshot, image),
-        Command::End { snapshot, partial } => sender.end(snapshot, partial),
-        Command::Region(request) => Some(Message::RegionRequest(request)),
-        Command::Forget { id } => Some(Message::PagesForget(PagesForget { id })),
-        Command::Abort { snapshot, reason } => sender.abort(snapshot, &reason),
-        Command::Chunk { snapshot, image, source, moved } => {
-            let data = |len| sender.data(snapshot, image, len);
-            let outcome = forward(&source, max_chunk, data, writer).await?;
-            // An image that has gone does not want to know.
-            let _ = moved.send(outcome);
-            None
-        }
-        Command::PageData { snapshot, source, len, moved } => {
-            let data = |len| sender.page_data(snapshot, len);
-            let outcome = forward(&source, len.min(max_chunk), data, writer).await?;
-            let _ = moved.send(outcome);
-            None
-        }
-    };
-    match message {
-        Some(message) => writer.send(&message).await,
-        None => Ok(()),
-    }
-}
-
-/// Moves what has come, at most `max` bytes, as the payload of `message`, which is given their number. The
-/// outer error is the link's, the inner one the source's.
-async fn forward(
-    source: &Source,
-    max: usize,
-    message: impl FnOnce(usize) -> Option<Message>,
-    writer: &mut Writer,
-) -> io::Result<io::Result<Chunk>> {
-    // Into the lane's own pipe first: then the length is known, nobody else can take the bytes
-    // away, and CRIU has room for the next while these are sent.
-    let len = match source.transfer_to(writer.payload(), max) {
-        Ok(0) => return Ok(Ok(Chunk::End)),
-        Ok(len) => len,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Ok(Chunk::NotYet)),
-        Err(error) => return Ok(Err(error)),
-    };
-    let Some(message) = message(len) else {
-        writer.drop_payload()?;
-        return Ok(Err(io::ErrorKind::ConnectionAborted.into()));
-    };
-    writer.send_payload(&message, len).await?;
-    Ok(Ok(Chunk::Moved(len as u64)))
 }

@@ -5,7 +5,8 @@
 //! - `pages`: CRIU's page server; `round` is what one round sends.
 //! - `remote`: the clients that name their images, and the snapshots that they have begun.
 //! - [`link`]: the links to caches, made when there is something to send; `greeting` is the handshake.
-//! - [`connection`]: a link that is up, and the snapshots that share it, each an [`upload`].
+//! - [`connection`]: a link that is up, and the snapshots that share it, each an [`upload`]; `outgoing` is what goes
+//!   out on it, `regions` what the cache is asked for.
 //! - [`records`]: what was sent, for `criu-imagectl` and the status line.
 
 pub mod connection;
@@ -18,7 +19,9 @@ mod control;
 mod failure;
 mod forward;
 mod greeting;
+mod outgoing;
 mod pages;
+mod regions;
 mod remote;
 mod requests;
 mod round;

@@ -8,8 +8,9 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::connection::{Command, Connection};
+use super::connection::Connection;
 use super::failure::Failure;
+use super::outgoing::Command;
 use super::upload::{Chunk, Upload, lost, lost_fate};
 use crate::criu::pages::{Run, Space};
 use crate::sys::ends::Source;

@@ -8,8 +8,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
-use super::connection::{Command, Connection};
+use super::connection::Connection;
 use super::failure::Failure;
+use super::outgoing::Command;
 use crate::sys::ends::Source;
 
 /// What becomes of a snapshot at the cache.
