@@ -11,6 +11,7 @@ mod criu;
 #[allow(dead_code)]
 mod daemons;
 mod hosts;
+mod lazy;
 mod link;
 // The tests of tests/pages have it.
 #[allow(dead_code)]

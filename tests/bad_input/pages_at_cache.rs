@@ -1,105 +1,15 @@
 //! Clients of the cache's page server: what they get, and what becomes of those that ask wrongly.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::os::unix::net::UnixStream;
-
+use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::criu::page_server::command::Command;
-use criu_image_relay::criu::page_server::header::{Dialect, Header, LONG_LEN, SHORT_LEN};
-use criu_image_relay::criu::pagemap::Pagemap;
-use criu_image_relay::criu::pages::{Contents, PAGE_SIZE, Run, Space};
+use criu_image_relay::criu::page_server::header::{Dialect, Header};
+use criu_image_relay::criu::pages::Space;
 
-use crate::daemons::{Daemon, SOON, Settings, unused_address};
+use crate::daemons::{Daemon, Settings, unused_address};
 use crate::hosts::Hosts;
+use crate::lazy::{DIALECTS, Lazy, TASK, images, send};
+use crate::page_client::HELD;
 use crate::proxy_standin::ProxyStandin;
-
-const DIALECTS: [Dialect; 2] = [Dialect::Short, Dialect::Long];
-const TASK: u64 = 7;
-
-/// What speaks in the place of CRIU's lazy-pages daemon.
-struct Lazy<S> {
-    socket: S,
-    dialect: Dialect,
-}
-
-impl Lazy<UnixStream> {
-    /// On a socket that was opened for a snapshot.
-    fn of(id: &str, cache: &Daemon, dialect: Dialect) -> Lazy<UnixStream> {
-        let socket = cache.open_pages(id);
-        socket.set_read_timeout(Some(SOON)).unwrap();
-        Lazy { socket, dialect }
-    }
-}
-
-impl Lazy<TcpStream> {
-    /// On the shared socket.
-    fn at(address: SocketAddr) -> Lazy<TcpStream> {
-        let socket = TcpStream::connect(address).unwrap();
-        socket.set_read_timeout(Some(SOON)).unwrap();
-        Lazy { socket, dialect: Dialect::Long }
-    }
-}
-
-impl<S: Read + Write> Lazy<S> {
-    fn say(&mut self, command: Command) {
-        self.say_header(command.header());
-    }
-
-    fn say_header(&mut self, header: Header) {
-        self.socket.write_all(&header.encode(self.dialect).unwrap()).unwrap();
-    }
-
-    fn ask(&mut self, address: u64, pages: u64) {
-        self.say(Command::Get { id: TASK, address, pages });
-    }
-
-    /// Asks for pages, and gives the numbers of those that come.
-    fn get(&mut self, address: u64, pages: u64) -> Vec<u8> {
-        self.ask(address, pages);
-        let mut bytes = vec![0; self.dialect.header_len()];
-        self.socket.read_exact(&mut bytes).unwrap();
-        let header = match self.dialect {
-            Dialect::Short => Header::short(bytes.first_chunk::<SHORT_LEN>().unwrap()),
-            Dialect::Long => Header::long(bytes.first_chunk::<LONG_LEN>().unwrap()),
-        };
-        assert_eq!((header.cmd, header.vaddr, header.dst_id), (0x4_0006, address, TASK));
-        let page = |_| {
-            let mut page = [0; 4096];
-            self.socket.read_exact(&mut page).unwrap();
-            assert!(page.iter().all(|byte| *byte == page[0]));
-            page[0]
-        };
-        (0..header.nr_pages).map(page).collect()
-    }
-
-    /// Nothing more comes but the end.
-    fn assert_ended(&mut self) {
-        let mut rest = Vec::new();
-        // What was sent and not read ends a TCP connection otherwise.
-        let _ = self.socket.read_to_end(&mut rest);
-        assert_eq!(rest, b"");
-    }
-}
-
-/// The images of task 7: pages 16 to 18, lazy ones 19 and 20, and page 32, each filled with its number.
-fn images() -> [(&'static str, Vec<u8>); 2] {
-    let mut pagemap = Pagemap::new(1);
-    for (page, pages, lazy) in [(16, 3, false), (19, 2, true), (32, 1, false)] {
-        pagemap.push(Run::new(page * PAGE_SIZE, pages, Contents::Present { lazy }).unwrap());
-    }
-    let pages = [16, 17, 18, 19, 20, 32].map(|number: u8| [number; 4096]);
-    [("pagemap-7.img", pagemap.encode()), ("pages-1.img", pages.concat())]
-}
-
-/// Sends a whole snapshot.
-fn send(proxy: &mut ProxyStandin, snapshot: u32, id: &str, images: &[(&str, Vec<u8>)]) {
-    proxy.begin(snapshot, id);
-    for (number, (name, bytes)) in (0..).zip(images) {
-        proxy.image(snapshot, number, name, bytes);
-    }
-    let bytes = images.iter().map(|(_, bytes)| bytes.len()).sum();
-    proxy.complete(snapshot, 99, images.len() as u64, bytes);
-}
 
 /// A cache that holds the snapshot `web`.
 fn cache(settings: Settings<'_>) -> (Daemon, ProxyStandin) {
@@ -120,21 +30,13 @@ fn pages_are_given_to_either_dialect_up_to_the_first_that_is_not_there() {
         assert_eq!(lazy.get(0x20000, 1), [32]);
         for end in [Command::ForceClose, Command::Close] {
             lazy.say(end);
-            let mut status = [1; 4];
-            lazy.socket.read_exact(&mut status).unwrap();
-            assert_eq!(status, [0; 4]);
+            assert_eq!(lazy.0.status().unwrap(), HELD);
         }
         lazy.assert_ended();
         cache.assert_log(&["pages of snapshot web", "45056 bytes sent"]);
     }
-    assert!(
-        cache.show("web").is_some_and(|web| web.state == whole()),
-        "it does not count as taken"
-    );
-}
-
-fn whole() -> criu_image_relay::control::model::SnapshotState {
-    criu_image_relay::control::model::SnapshotState::Whole
+    let state = cache.show("web").unwrap().state;
+    assert_eq!(state, SnapshotState::Whole, "it does not count as taken");
 }
 
 #[test]
@@ -144,8 +46,9 @@ fn commands_may_come_before_the_answers_are_read() {
     for _ in 0..200 {
         lazy.ask(0x10000, 5);
     }
-    let mut bytes = vec![0; 200 * (24 + 5 * 4096)];
-    lazy.socket.read_exact(&mut bytes).unwrap();
+    for _ in 0..200 {
+        assert_eq!(lazy.hear(0x10000), [16, 17, 18, 19, 20]);
+    }
     lazy.say(Command::Close);
 }
 
@@ -199,9 +102,7 @@ fn a_client_waits_until_its_snapshot_is_whole() {
     cache.assert_log(&["the client left while it waited"]);
     proxy.image(1, 1, pages.0, &pages.1);
     proxy.complete(1, 99, 2, pagemap.1.len() + pages.1.len());
-    let mut bytes = [0; 24 + 4096];
-    lazy.socket.read_exact(&mut bytes).unwrap();
-    assert_eq!(bytes[24..], [16; 4096]);
+    assert_eq!(lazy.hear(0x10000), [16]);
 }
 
 #[test]
@@ -226,7 +127,7 @@ fn a_wrong_command_ends_its_session_only() {
         (get(0x10000, 0, TASK), "no pages at 0x10000"),
         (get(top, 1, TASK), "end beyond 2^64"),
         (get(0x10000, u64::MAX / 2, TASK), "end beyond 2^64"),
-        (dump, "OPEN2 is said by a dump, whose pages go to the proxy"),
+        (dump, "OPEN2 is what a dump says to a proxy"),
         (Header { cmd: 9, ..get(0, 0, 0) }, "unknown page server command 9"),
     ] {
         let mut lazy = Lazy::of("web", &hosts.cache, Dialect::Long);
@@ -238,17 +139,17 @@ fn a_wrong_command_ends_its_session_only() {
     }
     for first in [[0xff; 24], [0; 24]] {
         let mut lazy = Lazy::of("web", &hosts.cache, Dialect::Long);
-        lazy.socket.write_all(&first).unwrap();
+        lazy.0.say(&first).unwrap();
         lazy.assert_ended();
     }
     hosts.cache.assert_log(&["unknown page server command 65535"]);
 
     let mut torn = Lazy::of("web", &hosts.cache, Dialect::Short);
-    torn.socket.write_all(&[7; 11]).unwrap();
+    torn.0.say(&[7; 11]).unwrap();
     drop(torn);
     hosts.cache.assert_log(&["the connection was closed within a command"]);
     let mut late = Lazy::of("web", &hosts.cache, Dialect::Short);
-    late.socket.write_all(&[7; 11]).unwrap();
+    late.0.say(&[7; 11]).unwrap();
     late.assert_ended();
     hosts.cache.assert_log(&["the rest of a command did not come within 200ms"]);
 
@@ -260,11 +161,9 @@ fn a_wrong_command_ends_its_session_only() {
 fn a_client_that_does_not_read_is_given_up() {
     let (cache, _proxy) = cache(&[("sessions.stall-timeout", "\"300ms\"")]);
     let mut deaf = Lazy::of("web", &cache, Dialect::Short);
-    deaf.socket.set_write_timeout(Some(SOON)).unwrap();
     let ask = Command::Get { id: TASK, address: 0x10000, pages: 5 };
-    let ask = ask.header().encode(Dialect::Short).unwrap();
-    while deaf.socket.write_all(&ask).is_ok() {}
-    cache.assert_log(&["pages were not read for 300ms"]);
+    while deaf.0.command(ask).is_ok() {}
+    cache.assert_log(&["an answer was not read for 300ms"]);
     assert_eq!(Lazy::of("web", &cache, Dialect::Long).get(0x10000, 1), [16]);
 }
 

@@ -143,6 +143,22 @@ impl PageClient {
         self.status()
     }
 
+    /// The answer to a GET: the pages that are given, of that task and from that address on.
+    pub(crate) fn given(&mut self, task: u64, address: u64) -> io::Result<Vec<u8>> {
+        let header = match self.dialect {
+            Dialect::Short => Header::short(&self.hear()?),
+            Dialect::Long => Header::long(&self.hear()?),
+        };
+        let present = Command::Pages {
+            space: Space::Task(1),
+            run: Run::new(address, header.nr_pages, Contents::Present { lazy: false }).unwrap(),
+        };
+        assert_eq!(header, Header { dst_id: task, ..present.header() });
+        let mut pages = vec![0; usize::try_from(header.nr_pages * PAGE_SIZE).unwrap()];
+        self.socket.read_exact(&mut pages)?;
+        Ok(pages)
+    }
+
     /// The status that ends a round.
     pub(crate) fn status(&mut self) -> io::Result<i32> {
         Ok(i32::from_ne_bytes(self.hear()?))

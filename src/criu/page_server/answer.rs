@@ -5,6 +5,10 @@ use super::header::{Dialect, Header};
 use super::kind::{COMMAND_BITS, Kind};
 use crate::criu::pages::{Contents, PageRange};
 
+/// No GET is answered with more pages: CRIU asks for no more (`MAX_XFER_LEN` in `criu/uffd.c`), and takes fewer
+/// than it asked for.
+pub const GET_MAX: u64 = 1024;
+
 /// The answer to OPEN2: whether the space has a parent.
 pub fn open(has_parent: bool) -> [u8; 1] {
     [has_parent.into()]

@@ -59,6 +59,15 @@ impl Index {
         Parts { runs: self.0.iter_from(range.start), next: None, at: range.start, end: range.end }
     }
 
+    /// The pages that a range begins with, up to the first that is not there; `None` if its first is not.
+    pub fn leading(&self, range: PageRange) -> Option<PageRange> {
+        let there = self.parts(range).map_while(|part| match part {
+            Part::Pages { range, .. } => Some(range.pages()),
+            Part::Gap(_) => None,
+        });
+        range.split(there.sum()).0
+    }
+
     /// An index of one run.
     pub(super) fn of(run: Run) -> Index {
         Index(Tree::of(run))
