@@ -233,10 +233,9 @@ impl Dump<'_> {
     /// All was sent: waits for the cache's word.
     async fn finish(&self, upload: &Upload) -> Result<(), Failure> {
         self.record.all_sent();
-        let sent = self.record.info();
         let limit = self.settings.link.ack_timeout;
         tokio::select! {
-            finished = upload.finish(false, limit, (sent.images, sent.bytes)) => finished,
+            finished = upload.finish(false, limit) => finished,
             reason = self.record.stopped() => Err(Failure::Stopped(reason)),
         }
     }

@@ -21,8 +21,6 @@ pub(super) struct Round {
     upload: Upload,
     /// The page spaces that its parent has.
     parents: HashSet<Space>,
-    spaces: u64,
-    bytes: u64,
 }
 
 impl Round {
@@ -37,7 +35,7 @@ impl Round {
         let ready = timeout(limit, upload.ready()).await;
         ready.map_err(|_| Failure::unanswered(limit))??;
         let parents = connection.take_spaces(upload.snapshot);
-        Ok(Round { upload, parents, spaces: 0, bytes: 0 })
+        Ok(Round { upload, parents })
     }
 
     /// Whether the round's parent has a page space.
@@ -47,17 +45,17 @@ impl Round {
 
     /// Whether no page space has begun.
     pub(super) fn is_empty(&self) -> bool {
-        self.spaces == 0
+        self.counts().0 == 0
     }
 
     /// How many page spaces have begun, and how many bytes of pages were sent.
     pub(super) fn counts(&self) -> (u64, u64) {
-        (self.spaces, self.bytes)
+        self.upload.counts()
     }
 
     /// A page space begins.
-    pub(super) async fn space(&mut self, space: Space) {
-        self.spaces += 1;
+    pub(super) async fn space(&self, space: Space) {
+        self.upload.count_part();
         self.tell(|snapshot| Command::Space { snapshot, space }).await;
     }
 
@@ -67,15 +65,11 @@ impl Round {
     }
 
     /// Sends what has come of the pages, at most `len` bytes.
-    pub(super) async fn chunk(&mut self, source: &Rc<Source>, len: usize) -> io::Result<Chunk> {
+    pub(super) async fn chunk(&self, source: &Rc<Source>, len: usize) -> io::Result<Chunk> {
         let (moved, outcome) = oneshot::channel();
         let source = source.clone();
         self.tell(|snapshot| Command::PageData { snapshot, source, len, moved }).await;
-        let chunk = self.upload.outcome(outcome).await?;
-        if let Chunk::Moved(bytes) = chunk {
-            self.bytes += bytes;
-        }
-        Ok(chunk)
+        self.upload.outcome(outcome).await
     }
 
     /// Resolves with the reason when the cache can no longer acknowledge it.
@@ -86,7 +80,7 @@ impl Round {
 
     /// Ends the round, and waits until the cache holds all of it.
     pub(super) async fn finish(&self, limit: Duration) -> Result<(), Failure> {
-        self.upload.finish(true, limit, self.counts()).await
+        self.upload.finish(true, limit).await
     }
 
     /// Gives it up. The cache keeps what it held before.

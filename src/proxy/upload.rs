@@ -60,6 +60,10 @@ pub struct Upload {
     ready: watch::Receiver<u64>,
     /// How often the cache has to be ready until it has heard all that it was told.
     asked: Cell<u64>,
+    /// What the cache has to acknowledge: images that have ended, or page spaces of a round.
+    parts: Cell<u64>,
+    /// And bytes.
+    bytes: Cell<u64>,
 }
 
 impl Upload {
@@ -71,7 +75,8 @@ impl Upload {
         ready: watch::Receiver<u64>,
     ) -> Upload {
         let (next_image, asked) = (Cell::new(0), Cell::new(1));
-        Upload { connection, snapshot, next_image, fate, ready, asked }
+        let (parts, bytes) = (Cell::new(0), Cell::new(0));
+        Upload { connection, snapshot, next_image, fate, ready, asked, parts, bytes }
     }
 
     /// Appends the snapshot's id to a list.
@@ -134,12 +139,16 @@ impl Upload {
         self.outcome(outcome).await
     }
 
-    /// What came of a chunk.
+    /// What came of a chunk; it counts.
     pub(super) async fn outcome(
         &self,
         outcome: oneshot::Receiver<io::Result<Chunk>>,
     ) -> io::Result<Chunk> {
         match outcome.await {
+            Ok(Ok(Chunk::Moved(bytes))) => {
+                self.bytes.set(self.bytes.get() + bytes);
+                Ok(Chunk::Moved(bytes))
+            }
             Ok(outcome) => outcome,
             // The connection has broken. Whoever waits for the snapshot's fate tells why.
             Err(_) => match self.fate().await {
@@ -151,7 +160,18 @@ impl Upload {
 
     /// Ends an image.
     pub async fn end_image(&self, image: u32) {
+        self.count_part();
         self.connection.tell(Command::EndImage { snapshot: self.snapshot, image }).await;
+    }
+
+    /// One more image, or page space of a round, has to be acknowledged.
+    pub(super) fn count_part(&self) {
+        self.parts.set(self.parts.get() + 1);
+    }
+
+    /// What was sent so far: images that have ended, or page spaces of a round, and bytes.
+    pub(super) fn counts(&self) -> (u64, u64) {
+        (self.parts.get(), self.bytes.get())
     }
 
     /// Ends the snapshot: all was sent. What is `partial` need not be a checkpoint by itself.
@@ -169,13 +189,9 @@ impl Upload {
         self.fate.clone()
     }
 
-    /// Ends the snapshot, and waits until the cache has acknowledged `sent`: images and bytes.
-    pub(super) async fn finish(
-        &self,
-        partial: bool,
-        limit: Duration,
-        sent: (u64, u64),
-    ) -> Result<(), Failure> {
+    /// Ends the snapshot, and waits until the cache has acknowledged what was sent.
+    pub(super) async fn finish(&self, partial: bool, limit: Duration) -> Result<(), Failure> {
+        let sent = self.counts();
         let early = self.fate.borrow().clone();
         if matches!(early, Fate::Acknowledged { .. }) {
             return Err(lost(early));

@@ -285,6 +285,21 @@ fn a_second_round_of_a_snapshot_at_once_is_refused() {
     bench.assert_holds("web", &memory(1..4));
 }
 
+/// As `criu dump --stream --page-server` in a directory that was opened for both.
+#[test]
+fn a_dump_that_sends_images_and_pages_at_once_is_whole_at_both_ends() {
+    let bench = Bench::start();
+    let mut dump = Criu::in_dir_of("web", &bench.proxy);
+    let mut client = PageClient::on(bench.proxy.open_pages("web"), Dialect::Short);
+    dump.write("core-7.img", RECORDS);
+    bench.cache.assert_image("web", "core-7.img", RECORDS.len() as u64);
+    send(&mut client, &memory(1..4));
+    assert_eq!(client.close().unwrap(), HELD);
+    dump.complete();
+    bench.proxy.assert_state("web", SnapshotState::Whole);
+    bench.assert_holds("web", &memory(1..4));
+}
+
 #[test]
 fn images_that_end_before_a_round_has_are_no_snapshot() {
     let bench = Bench::start();

@@ -123,8 +123,7 @@ impl Snapshot {
             let limit = proxy.settings().link.ack_timeout;
             let upload = self.upload(proxy).await?;
             self.record.all_sent();
-            let sent = self.record.info();
-            upload.finish(partial, limit, (sent.images, sent.bytes)).await
+            upload.finish(partial, limit).await
         };
         let finished = tokio::select! {
             biased;
