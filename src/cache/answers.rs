@@ -8,7 +8,9 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::interval;
 
+use crate::criu::pages::Space;
 use crate::store::Image;
+use crate::store::pages::{Flat, Layer};
 use crate::wire::lane::{LaneError, Writer};
 use crate::wire::message::{KeepAlive, Message};
 
@@ -27,6 +29,19 @@ pub(super) enum Answer {
         offset: u64,
         /// How long it is, in bytes.
         len: usize,
+    },
+    /// A message, and as its payload pages that lie together in a layer.
+    Pages {
+        /// The message.
+        message: Message,
+        /// The layer.
+        layer: Rc<Layer>,
+        /// Where the pages begin in its file, in bytes.
+        offset: u64,
+        /// How many bytes they have.
+        len: usize,
+        /// As long as it is there, so are they.
+        _held: Flat<Space>,
     },
 }
 
@@ -84,6 +99,9 @@ impl Answers {
                     None => (image.file(), 0),
                 };
                 self.writer.send_file(&message, file.as_fd(), offset, len).await
+            }
+            Answer::Pages { message, layer, offset, len, _held } => {
+                self.writer.send_file(&message, layer.as_fd(), offset, len).await
             }
         }
     }

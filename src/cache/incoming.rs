@@ -19,8 +19,7 @@ use crate::daemon::sessions::Session;
 use crate::store::{Image, Key, Refused, Sender, Store};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
-    ImageAck, ImageReady, Message, REGIONS_MAX, RegionRequest, SnapshotAck, SnapshotReady,
-    all_spaces,
+    ImageAck, ImageReady, Message, REGIONS_MAX, SnapshotAck, SnapshotReady, all_spaces,
 };
 use crate::wire::receiver::{Action, Limits, Receiver};
 
@@ -125,7 +124,14 @@ impl<'a> Incoming<'a> {
                     self.answer(Message::ImageAck(ImageAck { snapshot, image, size }));
                 }
             }
-            Action::Region(request) => self.region(request)?,
+            Action::Region(request) => {
+                let (store, host) = (self.cache.store.clone(), self.sender.host);
+                self.owe(async move { regions::answer(&store, host, &request).await })?;
+            }
+            Action::RequestedPages(request) => {
+                let (store, host) = (self.cache.store.clone(), self.sender.host);
+                self.owe(async move { regions::answer_pages(&store, host, &request) })?;
+            }
             Action::Complete { snapshot, images, bytes, partial } => {
                 self.complete(snapshot, (images, bytes), partial);
             }
@@ -276,19 +282,18 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
-    /// A part of an image is asked for: it is answered when the image has ended, and by then much else
+    /// A region is asked for. That of an image is answered when the image has ended, and by then much else
     /// may have come.
-    fn region(&mut self, request: RegionRequest) -> Result<(), Over> {
+    fn owe(&mut self, answer: impl Future<Output = Answer> + 'static) -> Result<(), Over> {
         while self.regions.try_join_next().is_some() {}
         if self.regions.len() >= REGIONS_MAX {
             let why = format!("it waits for more than {REGIONS_MAX} regions at once");
             return Err(Over::Refused(why));
         }
-        let (store, replies) = (self.cache.store.clone(), self.replies.clone());
-        let host = self.sender.host;
+        let replies = self.replies.clone();
         self.regions.spawn_local(async move {
             // Without room in the queue the answer waits: who asked waits, too.
-            let _ = replies.send(regions::answer(&store, host, &request).await).await;
+            let _ = replies.send(answer.await).await;
         });
         Ok(())
     }

@@ -1,13 +1,15 @@
-//! Parts of images that a proxy asks for: what a dump reads of its parents.
+//! What a proxy asks for: parts of images, which a dump reads of its parents, and pages.
 
 use std::net::IpAddr;
 use std::rc::Rc;
 
 use rustix::io::Errno;
 
+use crate::criu::page_server::answer::GET_MAX;
 use crate::criu::remote::PARENT;
-use crate::store::{Image, State, Store};
-use crate::wire::message::{Message, REGION_MAX, Region, RegionRequest};
+use crate::store::pages::PAGE;
+use crate::store::{Image, Snapshot, State, Store};
+use crate::wire::message::{Message, PagesRequest, REGION_MAX, Region, RegionRequest, requested};
 
 use super::answers::Answer;
 
@@ -29,11 +31,44 @@ pub(super) async fn answer(store: &Store, host: Option<IpAddr>, asked: &RegionRe
                 len: usize::try_from(len).unwrap_or(REGION_MAX),
             }
         }
-        Err((errno, reason)) => {
-            let error = errno.raw_os_error().unsigned_abs();
-            Answer::Message(Message::no_region(asked.request, error, &reason))
-        }
+        Err(refusal) => refused(asked.request, refusal),
     }
+}
+
+/// Answers a request from `host` for pages, with what there is of them now.
+pub(super) fn answer_pages(store: &Store, host: Option<IpAddr>, asked: &PagesRequest) -> Answer {
+    pages(store, host, asked).unwrap_or_else(|refusal| refused(asked.request, refusal))
+}
+
+fn refused(request: u32, (errno, reason): Refusal) -> Answer {
+    let error = errno.raw_os_error().unsigned_abs();
+    Answer::Message(Message::no_region(request, error, &reason))
+}
+
+fn pages(store: &Store, host: Option<IpAddr>, asked: &PagesRequest) -> Result<Answer, Refusal> {
+    let (space, range) = requested(asked).map_err(|bad| (Errno::INVAL, bad.to_string()))?;
+    let id = &asked.snapshot_id;
+    let none = |why: String| (Errno::NOENT, why);
+    let listed = look(store, host, id, |_| ())?.and_then(|()| store.key_of(id));
+    let key = listed.ok_or_else(|| none(format!("no snapshot {id} is held")))?;
+    let flat = store.flat_of(key).map_err(|why| none(format!("snapshot {id}: {why}")))?;
+    let index = flat.space(&space);
+    let index = index.ok_or_else(|| none(format!("snapshot {id} has no {space}")))?;
+    let first = |max| range.split(max).0;
+    let there = first(GET_MAX).and_then(|range| index.leading(range));
+    let together = first(REGION_MAX as u64 / PAGE).and_then(|range| index.together(range));
+    let (Some(there), Some((pages, layer, offset))) = (there, together) else {
+        let address = range.address();
+        return Err(none(format!("{space} of snapshot {id} has no page at {address:#x}")));
+    };
+    let region = Region { request: asked.request, size: there.bytes(), ..Region::default() };
+    Ok(Answer::Pages {
+        message: Message::Region(region),
+        layer: layer.clone(),
+        offset,
+        len: usize::try_from(pages.bytes()).unwrap_or(REGION_MAX),
+        _held: flat.clone(),
+    })
 }
 
 /// The image of a snapshot that need not have ended itself; one that is still coming is waited for.
@@ -49,7 +84,9 @@ async fn image(
     }
     let mut changed = store.watch();
     loop {
-        let Some(image) = look(store, host, id, name)? else { return Err(missing(id, name)) };
+        let named = |snapshot: &Snapshot| snapshot.images()?.get(name).cloned();
+        let image = look(store, host, id, named)?.flatten();
+        let Some(image) = image else { return Err(missing(id, name)) };
         if image.is_whole() {
             return Ok(image);
         }
@@ -61,13 +98,13 @@ async fn image(
     }
 }
 
-/// What other hosts sent is not there for this one: it is the memory of their processes.
-fn look(
+/// Looks at a snapshot. What other hosts sent is not there for this one: it is the memory of their processes.
+fn look<T>(
     store: &Store,
     host: Option<IpAddr>,
     id: &str,
-    name: &str,
-) -> Result<Option<Rc<Image>>, Refusal> {
+    look: impl FnOnce(&Snapshot) -> T,
+) -> Result<Option<T>, Refusal> {
     store
         .find(id, |snapshot| match &snapshot.state {
             _ if snapshot.sender.host != host => Ok(None),
@@ -76,7 +113,7 @@ fn look(
             }
             State::Taken(_) => Err((Errno::STALE, format!("a restore has taken snapshot {id}"))),
             State::Awaited | State::Paged | State::Receiving(_) | State::Whole(_) => {
-                Ok(snapshot.images().and_then(|images| images.get(name)).cloned())
+                Ok(Some(look(snapshot)))
             }
         })
         .unwrap_or(Ok(None))

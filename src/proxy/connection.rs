@@ -7,12 +7,12 @@ use std::rc::Rc;
 use tokio::sync::{mpsc, watch};
 
 use super::outgoing::{Command, send};
-use super::regions::Regions;
+use super::regions::{Answered, Regions};
 use super::upload::{Fate, Told, Upload};
 use crate::config::LinkSettings;
 use crate::criu::pages::Space;
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{Message, Region, RegionRequest};
+use crate::wire::message::{Message, REGIONS_MAX, RegionRequest};
 use crate::wire::sender::{Said, said};
 
 /// How many commands may wait for the lane. Each image has at most one chunk under way.
@@ -50,12 +50,13 @@ impl Connection {
         settings: &LinkSettings,
     ) -> (Rc<Connection>, impl Future<Output = String> + 'static) {
         let (connection, queue) = Connection::new(QUEUE);
+        let (owe, owed) = mpsc::channel(REGIONS_MAX);
         let shared = connection.clone();
         let settings = settings.clone();
         let over = async move {
             tokio::select! {
-                why = receive(reader, &shared) => why,
-                why = send(writer, queue, &settings) => why,
+                why = receive(reader, &shared, owe) => why,
+                why = send(writer, queue, owed, &settings) => why,
             }
         };
         (connection, over)
@@ -119,15 +120,15 @@ impl Connection {
         name: &str,
         offset: u64,
         len: u32,
-    ) -> Option<(Region, Vec<u8>)> {
+    ) -> Option<Answered> {
         let (snapshot_id, name) = (snapshot_id.to_owned(), name.to_owned());
         let ask = |request| RegionRequest { request, snapshot_id, name, offset, len };
         self.ask(|request| Message::RegionRequest(ask(request))).await
     }
 
-    async fn ask(&self, message: impl FnOnce(u32) -> Message) -> Option<(Region, Vec<u8>)> {
+    async fn ask(&self, message: impl FnOnce(u32) -> Message) -> Option<Answered> {
         let (request, answer) = self.regions.begin().await?;
-        self.tell(Command::Ask(message(request))).await;
+        self.tell(Command::Say(message(request))).await;
         if self.is_closed() {
             return None;
         }
@@ -202,7 +203,7 @@ impl Connection {
     fn hear(&self, said: Said) -> Result<(), String> {
         let mut waiting = self.waiting.borrow_mut();
         match said {
-            Said::Nothing | Said::Region(_) => {}
+            Said::Nothing | Said::Region(_) | Said::Request { .. } => {}
             Said::Spaces { snapshot, spaces } => {
                 if waiting.fates.contains_key(&snapshot) {
                     waiting.spaces.entry(snapshot).or_default().extend(spaces);
@@ -248,15 +249,19 @@ fn settle(fate: &watch::Sender<Fate>, outcome: Fate) {
 }
 
 /// The receiving task. Returns why the connection is over.
-async fn receive(mut reader: Reader, connection: &Connection) -> String {
+async fn receive(mut reader: Reader, connection: &Connection, owe: mpsc::Sender<u32>) -> String {
     loop {
-        if let Err(why) = receive_one(&mut reader, connection).await {
+        if let Err(why) = receive_one(&mut reader, connection, &owe).await {
             return why;
         }
     }
 }
 
-async fn receive_one(reader: &mut Reader, connection: &Connection) -> Result<(), String> {
+async fn receive_one(
+    reader: &mut Reader,
+    connection: &Connection,
+    owe: &mpsc::Sender<u32>,
+) -> Result<(), String> {
     let text = |error: LaneError| error.to_string();
     let (message, len) = reader.receive().await.map_err(text)?;
     match said(message).map_err(|error| format!("the cache broke the protocol: {error}"))? {
@@ -265,6 +270,9 @@ async fn receive_one(reader: &mut Reader, connection: &Connection) -> Result<(),
             connection.regions.deliver(region, bytes);
             Ok(())
         }
+        Said::Request { request } => owe
+            .try_send(request)
+            .map_err(|_| format!("the cache waits for more than {REGIONS_MAX} regions at once")),
         said => connection.hear(said),
     }
 }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{interval, timeout};
 
+use super::regions;
 use super::upload::Chunk;
 use crate::config::LinkSettings;
 use crate::criu::pages::{Run, Space};
@@ -71,18 +72,19 @@ pub(super) enum Command {
         snapshot: u32,
         reason: String,
     },
-    /// A part of an image, or pages, are asked for.
-    Ask(Message),
+    /// What belongs to no snapshot that is sent.
+    Say(Message),
     Forget {
         id: String,
     },
 }
 
-/// The sending task: one command after the other, so that frames never mix. Returns why the
-/// connection is over.
+/// The sending task: one command after the other, so that frames never mix, and between them the answers
+/// that are `owed` to the cache's requests. Returns why the connection is over.
 pub(super) async fn send(
     mut writer: Writer,
     mut queue: mpsc::Receiver<Command>,
+    mut owed: mpsc::Receiver<u32>,
     settings: &LinkSettings,
 ) -> String {
     let mut sender = Sender::default();
@@ -91,17 +93,13 @@ pub(super) async fn send(
     loop {
         let command = tokio::select! {
             command = queue.recv() => match command {
-                Some(command) => Some(command),
+                Some(command) => command,
                 None => return "nobody uses it any more".to_owned(),
             },
-            _ = pulse.tick() => None,
+            Some(request) = owed.recv() => Command::Say(regions::answer(request)),
+            _ = pulse.tick() => Command::Say(Message::KeepAlive(KeepAlive {})),
         };
-        let sent = async {
-            match command {
-                Some(command) => obey(command, &mut sender, &mut writer, max_chunk).await,
-                None => writer.send(&Message::KeepAlive(KeepAlive {})).await,
-            }
-        };
+        let sent = obey(command, &mut sender, &mut writer, max_chunk);
         // A cache that waits for its quota reads nothing for a while; one that never reads again
         // must not hold CRIU's process frozen.
         match timeout(settings.ack_timeout, sent).await {
@@ -133,7 +131,7 @@ async fn obey(
         }
         Command::EndImage { snapshot, image } => sender.end_image(snapshot, image),
         Command::End { snapshot, partial } => sender.end(snapshot, partial),
-        Command::Ask(request) => Some(request),
+        Command::Say(message) => Some(message),
         Command::Forget { id } => Some(Message::PagesForget(PagesForget { id })),
         Command::Abort { snapshot, reason } => sender.abort(snapshot, &reason),
         Command::Chunk { snapshot, image, source, moved } => {

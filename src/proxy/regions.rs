@@ -1,12 +1,13 @@
-//! What the cache is asked for on a link: parts of images.
+//! What the cache is asked for on a link, and what it asks for: parts of images, and pages.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use crate::wire::message::{REGIONS_MAX, Region};
+use crate::wire::message::{Message, REGIONS_MAX, Region};
 
 /// A region, and its bytes.
 pub(super) type Answered = (Region, Vec<u8>);
@@ -50,6 +51,13 @@ impl Regions {
         self.free.close();
         self.asked.borrow_mut().clear();
     }
+}
+
+/// The answer to a request of the cache. What it has acknowledged is not kept here, and nothing is left behind
+/// yet that it could come for.
+pub(super) fn answer(request: u32) -> Message {
+    let error = Errno::NOENT.raw_os_error().unsigned_abs();
+    Message::no_region(request, error, "this proxy keeps no images and no pages at the source")
 }
 
 impl Default for Regions {

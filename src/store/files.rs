@@ -56,7 +56,7 @@ impl Store {
         self.held_images(key)
     }
 
-    pub(super) fn held_images(&self, key: Key) -> Result<Rc<Images>, NoFiles> {
+    fn held_images(&self, key: Key) -> Result<Rc<Images>, NoFiles> {
         let images = self.look(key, |snapshot| match &snapshot.state {
             State::Whole(images) | State::Taken(images) => Some(images.clone()),
             _ => None,
@@ -84,6 +84,8 @@ impl Snapshot {
         let (State::Whole(images) | State::Taken(images)) = &mut self.state else { return };
         if images.get(image.name()).is_some_and(|known| Rc::ptr_eq(known, image)) {
             Rc::make_mut(images).insert(by.name().to_owned(), Rc::new(by));
+            // It holds the pages in their old places.
+            self.pages.of_images = None;
         }
     }
 }
@@ -114,6 +116,7 @@ async fn copy(image: &Image, file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
+    use std::time::{Duration, Instant};
 
     use super::super::flat_images::flat_images;
     use super::super::pages::{Flat, PAGE, PageRange, Round};
@@ -157,7 +160,7 @@ mod tests {
     }
 
     fn store(max_bytes: u64) -> Rc<Store> {
-        let quota_wait = std::time::Duration::from_millis(10);
+        let quota_wait = Duration::from_millis(10);
         Store::new(StoreSettings { max_bytes, quota_wait, ..StoreSettings::default() })
     }
 
@@ -176,6 +179,8 @@ mod tests {
         let used = store.quota().used();
         let scattered = store.held_images(key).unwrap()["pages-1.img"].clone();
         assert!(scattered.as_file().is_none());
+        // Who asked for pages, and does no more, holds none of them.
+        drop(store.flat_of(key).unwrap());
         let files = store.files(key).await.unwrap();
         let expected: Vec<u64> =
             (0..600).map(|page| if page % 3 == 0 { 10_000 + page } else { page }).collect();
@@ -185,6 +190,30 @@ mod tests {
         assert_eq!(store.quota().used(), used);
         let again = store.files(key).await.unwrap();
         assert!(Rc::ptr_eq(&again["pages-1.img"], &files["pages-1.img"]));
+    }
+
+    #[tokio::test]
+    async fn the_pages_of_images_are_told_once_and_not_kept_for_ever() {
+        let store = store(64 << 20);
+        let key = whole(&store, &two_rounds(&store));
+        let used = store.quota().used();
+        let known = || store.look(key, |snapshot| snapshot.pages.of_images.is_some()).unwrap();
+        assert!(!known());
+        let first = |flat: &Flat<Space>| std::ptr::from_ref(flat.space(&TASK).unwrap());
+        let flat = store.flat_of(key).unwrap();
+        assert_eq!(flat.space(&TASK).unwrap().pages(), 600);
+        assert_eq!(first(&store.flat_of(key).unwrap()), first(&flat));
+        let now = Instant::now();
+        store.expire(now + Duration::from_secs(30));
+        assert!(known());
+        store.expire(now + Duration::from_secs(90));
+        assert!(!known());
+        assert_eq!(store.quota().used(), used);
+        assert_ne!(first(&store.flat_of(key).unwrap()), first(&flat));
+        drop(flat);
+        store.drop_snapshot("web");
+        assert_eq!(store.quota().used(), 0);
+        assert_eq!(store.flat_of(key).unwrap_err(), "it was dropped");
     }
 
     #[tokio::test]

@@ -4,18 +4,22 @@
 //! one, as a round can. No page is copied: its image is a layer from then on.
 
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
-use super::files::NoFiles;
 use super::image::Image;
 use super::pages::{Flat, Round};
-use super::snapshot::Images;
-use super::{Key, Store};
+use super::snapshot::{Images, Snapshot, State};
+use super::{Key, Refused, Store};
 use crate::criu::pagemap::{Pagemap, Placed};
 use crate::criu::pages::{Contents, PAGE_SIZE, Space, pages_id, pages_image};
 
 /// A pagemap image that is larger, in bytes, is not looked into: its entries take several times the memory,
 /// which nobody is charged for. This is enough for six million runs.
 const PAGEMAP_MAX: u64 = 64 << 20;
+
+/// The flat pagemaps of images are kept so long after they were last asked for: they take memory that nobody
+/// is charged for, and to make them again takes a moment in which nobody else has their turn.
+const UNUSED: Duration = Duration::from_secs(60);
 
 /// Makes the flat pagemaps of a snapshot from its own pagemap and pages images. What those say to be in the
 /// parent is taken from there.
@@ -49,10 +53,47 @@ pub(super) fn flatten(
 }
 
 impl Store {
-    /// The pages of a whole or taken snapshot, however they came. The error is why they cannot be told.
+    /// The pages of a snapshot, however they came: in its rounds so far, or in its images once it is whole. The
+    /// error is why there are none, or why they cannot be told apart.
     pub fn flat_of(&self, key: Key) -> Result<Flat<Space>, String> {
-        let images = self.held_images(key).map_err(|no: NoFiles| no.to_string())?;
-        flatten(&images, None)
+        match self.snapshots.borrow_mut().get_mut(&key) {
+            Some(snapshot) => snapshot.pages_by_address(),
+            None => Err(Refused::Dropped.to_string()),
+        }
+    }
+}
+
+/// What the images of a snapshot say of its pages, or why that is not known; and when it was asked for.
+#[derive(Debug)]
+pub(super) struct Flattened {
+    said: Result<Flat<Space>, String>,
+    used: Instant,
+}
+
+impl Snapshot {
+    fn pages_by_address(&mut self) -> Result<Flat<Space>, String> {
+        let images = match (self.flat(), &self.state) {
+            (Some(flat), _) => return Ok(flat.clone()),
+            (None, State::Whole(images) | State::Taken(images)) => images.clone(),
+            (None, State::Damaged { reason, .. }) => {
+                return Err(format!("it is damaged: {reason}"));
+            }
+            (None, State::Awaited | State::Paged | State::Receiving(_)) => {
+                return Err("its pages have not come yet".to_owned());
+            }
+        };
+        let known = self.pages.of_images.get_or_insert_with(|| Flattened {
+            said: flatten(&images, None),
+            used: Instant::now(),
+        });
+        known.used = Instant::now();
+        known.said.clone()
+    }
+
+    /// What nobody has asked for in a while is not kept.
+    pub(super) fn forget_unused(&mut self, now: Instant) {
+        let unused = |known: &mut Flattened| now.saturating_duration_since(known.used) >= UNUSED;
+        self.pages.of_images.take_if(unused);
     }
 }
 

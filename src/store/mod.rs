@@ -448,8 +448,8 @@ impl Store {
         dropped.map(|snapshot| snapshot.state)
     }
 
-    /// Forgets what has been kept long enough; returns the ids of what was taken, and of what was
-    /// damaged, alike.
+    /// Forgets what has been kept long enough; returns the ids of snapshots among it, of what was taken and of
+    /// what was damaged, alike.
     pub fn expire(&self, now: Instant) -> Vec<String> {
         let (keep, keep_damaged) = {
             let settings = self.settings.borrow();
@@ -469,6 +469,7 @@ impl Store {
             if !keeps {
                 expired.push(snapshot.id.clone());
             }
+            snapshot.forget_unused(now);
             keeps
         });
         for id in &expired {

@@ -6,7 +6,6 @@
 
 use std::net::IpAddr;
 
-use super::flatten::flatten;
 use super::pages::{Flat, Round};
 use super::quota::{Charge, Exhausted};
 use super::snapshot::{Sender, Snapshot, State};
@@ -126,18 +125,10 @@ impl Store {
 
     /// The pages of a snapshot that `host` sent.
     fn pages_of(&self, id: &str, host: Option<IpAddr>) -> Result<Flat<Space>, Refused> {
-        let pages = self.find(id, |known| match (known.flat(), &known.state) {
-            _ if known.sender.host != host => None,
-            (Some(flat), _) => Some(Ok(flat.clone())),
-            (None, State::Whole(images) | State::Taken(images)) => Some(flatten(images, None)),
-            (None, State::Damaged { reason, .. }) => Some(Err(format!("it is damaged: {reason}"))),
-            (None, _) => Some(Err("its pages have not come yet".to_owned())),
-        });
+        let sent = |key: &Key| self.look(*key, |known| known.sender.host == host) == Some(true);
         let unknown = || Err("no such snapshot is held".to_owned());
-        pages
-            .flatten()
-            .unwrap_or_else(unknown)
-            .map_err(|why| Refused::NoParent { parent: id.to_owned(), why })
+        let pages = self.key_of(id).filter(sent).map_or_else(unknown, |key| self.flat_of(key));
+        pages.map_err(|why| Refused::NoParent { parent: id.to_owned(), why })
     }
 
     /// The images of a snapshot that begins have pages in `parent`, see [`Store::complete`].

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use super::Key;
+use super::flatten::Flattened;
 use super::image::Image;
 use super::pages::{Flat, PAGE};
 use crate::criu::pages::Space;
@@ -66,6 +67,8 @@ pub(super) struct Pages {
     pub(super) coming: Option<u64>,
     /// The snapshot that it is based on, if that is another one.
     pub(super) parent: Option<Key>,
+    /// Those of its images once it is whole, if somebody has asked for them.
+    pub(super) of_images: Option<Flattened>,
     /// Those of the snapshot in which the images that are coming have pages.
     pub(super) of_parent: Option<Flat<Space>>,
     /// Whether the images that are coming were begun after pages had come.

@@ -153,10 +153,11 @@ pub struct ImageAck {
     #[prost(uint64, tag = "3")]
     pub size: u64,
 }
-/// proxy → cache: asks for a part of an image that was sent before, on this link or another.
+/// Either side: asks for a part of an image. The proxy asks for one that was sent before, on this link or another; a cache
+/// may ask for one that stayed at the source.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RegionRequest {
-    /// Names the request in the answer.
+    /// Names the request in the answer. It is the asking side's: the other's requests may have the same number.
     #[prost(uint32, tag = "1")]
     pub request: u32,
     #[prost(string, tag = "2")]
@@ -170,8 +171,8 @@ pub struct RegionRequest {
     #[prost(uint32, tag = "5")]
     pub len: u32,
 }
-/// cache → proxy: the answer to RegionRequest; the bytes follow as this frame's payload. They may be fewer than were asked
-/// for: none, and only none, means that the image has ended.
+/// Either side: the answer to RegionRequest or PagesRequest; the bytes follow as this frame's payload. They may be fewer
+/// than were asked for. Of an image none, and only none, means that it has ended; of pages there is at least one.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Region {
     #[prost(uint32, tag = "1")]
@@ -181,7 +182,8 @@ pub struct Region {
     pub error: u32,
     #[prost(string, tag = "3")]
     pub reason: ::prost::alloc::string::String,
-    /// The size of the whole image in bytes.
+    /// The size of the whole image in bytes. Of pages: how many bytes of those that were asked for are there without a gap,
+    /// from the first on, at most 1024 pages. Those that do not follow here can be asked for.
     #[prost(uint64, tag = "4")]
     pub size: u64,
 }
@@ -237,6 +239,26 @@ pub struct PagesForget {
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
 }
+/// Either side: asks for pages of a snapshot, whichever way they came: the newest for every address, as they are when it is
+/// answered, by Region.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PagesRequest {
+    /// As in RegionRequest; requests of both kinds share their numbers.
+    #[prost(uint32, tag = "1")]
+    pub request: u32,
+    #[prost(string, tag = "2")]
+    pub snapshot_id: ::prost::alloc::string::String,
+    /// The page space, as in Space.
+    #[prost(bool, tag = "3")]
+    pub shmem: bool,
+    #[prost(uint64, tag = "4")]
+    pub id: u64,
+    /// Where they begin, in bytes, and how many they are.
+    #[prost(uint64, tag = "5")]
+    pub address: u64,
+    #[prost(uint64, tag = "6")]
+    pub pages: u64,
+}
 /// The kind of a message, as the header gives it. A kind that the receiver does not know ends the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -264,6 +286,7 @@ pub enum Kind {
     Pages = 20,
     PageData = 21,
     PagesForget = 22,
+    PagesRequest = 23,
 }
 impl Kind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -295,6 +318,7 @@ impl Kind {
             Self::Pages => "PAGES",
             Self::PageData => "PAGE_DATA",
             Self::PagesForget => "PAGES_FORGET",
+            Self::PagesRequest => "PAGES_REQUEST",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -323,6 +347,7 @@ impl Kind {
             "PAGES" => Some(Self::Pages),
             "PAGE_DATA" => Some(Self::PageData),
             "PAGES_FORGET" => Some(Self::PagesForget),
+            "PAGES_REQUEST" => Some(Self::PagesRequest),
             _ => None,
         }
     }

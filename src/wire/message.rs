@@ -6,18 +6,18 @@ use prost::Message as _;
 
 pub use super::generated::{
     Goodbye, Hello, ImageAck, ImageBegin, ImageData, ImageEnd, ImageReady, KeepAlive, Kind,
-    PageData, Pages, PagesForget, Region, RegionRequest, SnapshotAbort, SnapshotAck, SnapshotBegin,
-    SnapshotEnd, SnapshotList, SnapshotReady, Space, Spaces, Welcome,
+    PageData, Pages, PagesForget, PagesRequest, Region, RegionRequest, SnapshotAbort, SnapshotAck,
+    SnapshotBegin, SnapshotEnd, SnapshotList, SnapshotReady, Space, Spaces, Welcome,
 };
 
 use super::frame::{Header, PAYLOAD_MAX};
 use crate::criu::names::cut;
-use crate::criu::pages;
+use crate::criu::pages::{self, BadRange, PageRange};
 
 /// No region that is asked for is longer than this, in bytes: who asks holds it in memory.
 pub const REGION_MAX: usize = 256 << 10;
 
-/// A cache ends a link on which more regions than this are waited for at once.
+/// Either side ends a link on which it owes more regions than this at once.
 pub const REGIONS_MAX: usize = 1024;
 
 /// No reason in an abort or a goodbye is longer than this, in bytes.
@@ -49,6 +49,7 @@ pub enum Message {
     Pages(Pages),
     PageData(PageData),
     PagesForget(PagesForget),
+    PagesRequest(PagesRequest),
 }
 
 /// Why a message is refused. The link ends.
@@ -63,6 +64,17 @@ pub enum BadMessage {
     /// The payload is not one that this kind may have.
     #[error("a {0} with a payload of {1} bytes")]
     Payload(&'static str, usize),
+}
+
+/// Why there can be no such pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadPages {
+    /// The id is none of a task.
+    #[error("no task has the pid {0}")]
+    NoTask(u64),
+    /// See [`BadRange`].
+    #[error("{0}")]
+    Range(#[from] BadRange),
 }
 
 /// Applies `$do` to the message inside, whatever its type.
@@ -91,6 +103,7 @@ macro_rules! with_inner {
             Message::Pages($inner) => $do,
             Message::PageData($inner) => $do,
             Message::PagesForget($inner) => $do,
+            Message::PagesRequest($inner) => $do,
         }
     };
 }
@@ -121,6 +134,7 @@ impl Message {
             Message::Pages(_) => Kind::Pages,
             Message::PageData(_) => Kind::PageData,
             Message::PagesForget(_) => Kind::PagesForget,
+            Message::PagesRequest(_) => Kind::PagesRequest,
         }
     }
 
@@ -191,6 +205,7 @@ impl Message {
             Kind::Pages => Pages::decode(bytes).map(Message::Pages),
             Kind::PageData => PageData::decode(bytes).map(Message::PageData),
             Kind::PagesForget => PagesForget::decode(bytes).map(Message::PagesForget),
+            Kind::PagesRequest => PagesRequest::decode(bytes).map(Message::PagesRequest),
         };
         decoded.map_err(|error| BadMessage::Torn(kind.as_str_name(), error.to_string()))
     }
@@ -233,18 +248,45 @@ pub fn spaces(message: &Spaces) -> impl Iterator<Item = pages::Space> + use<'_> 
 
 /// A page space, as it is announced.
 pub fn space(snapshot: u32, space: pages::Space) -> Space {
+    let (shmem, id) = numbered(space);
+    Space { snapshot, shmem, id }
+}
+
+/// The page space that was announced.
+pub fn announced(space: &Space) -> Result<pages::Space, BadPages> {
+    named(space.shmem, space.id)
+}
+
+/// A request for pages of a range.
+pub fn pages_request(
+    request: u32,
+    snapshot_id: &str,
+    of: pages::Space,
+    range: PageRange,
+) -> Message {
+    let (shmem, id) = numbered(of);
+    let (snapshot_id, address, pages) = (snapshot_id.to_owned(), range.address(), range.pages());
+    Message::PagesRequest(PagesRequest { request, snapshot_id, shmem, id, address, pages })
+}
+
+/// Which pages are asked for.
+pub fn requested(asked: &PagesRequest) -> Result<(pages::Space, PageRange), BadPages> {
+    Ok((named(asked.shmem, asked.id)?, PageRange::new(asked.address, asked.pages)?))
+}
+
+/// A page space in two fields: whether it is shared memory, and its id.
+fn numbered(space: pages::Space) -> (bool, u64) {
     match space {
-        pages::Space::Task(pid) => Space { snapshot, shmem: false, id: pid.into() },
-        pages::Space::Shmem(id) => Space { snapshot, shmem: true, id },
+        pages::Space::Task(pid) => (false, pid.into()),
+        pages::Space::Shmem(id) => (true, id),
     }
 }
 
-/// The page space that was announced; `None` if no task can have that id.
-pub fn announced(space: &Space) -> Option<pages::Space> {
-    if space.shmem {
-        return Some(pages::Space::Shmem(space.id));
+fn named(shmem: bool, id: u64) -> Result<pages::Space, BadPages> {
+    if shmem {
+        return Ok(pages::Space::Shmem(id));
     }
-    space.id.try_into().ok().map(pages::Space::Task)
+    id.try_into().map(pages::Space::Task).map_err(|_| BadPages::NoTask(id))
 }
 
 fn short(reason: &str) -> String {
@@ -387,6 +429,18 @@ mod tests {
                 0,
                 b"\x16\0\x05\0\0\0\0\0\x0a\x03web",
             ),
+            (
+                Message::PagesRequest(PagesRequest {
+                    request: 1,
+                    snapshot_id: "web".into(),
+                    shmem: true,
+                    id: 300,
+                    address: 4096,
+                    pages: 2,
+                }),
+                0,
+                b"\x17\0\x11\0\0\0\0\0\x08\x01\x12\x03web\x18\x01\x20\xac\x02\x28\x80\x20\x30\x02",
+            ),
             (Message::PageData(PageData { snapshot: 1 }), 8192, b"\x15\0\x02\0\0\x20\0\0\x08\x01"),
             (Message::no_region(1, 2, "no"), 0, b"\x11\0\x08\0\0\0\0\0\x08\x01\x10\x02\x1a\x02no"),
         ]
@@ -410,12 +464,32 @@ mod tests {
     #[test]
     fn unknown_kinds_wrong_payloads_and_torn_messages_are_refused_in_words() {
         let refused = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
-        assert_eq!(refused(b"\x17\0\0\0\0\0\0\0"), "a message of the unknown kind 23");
+        assert_eq!(refused(b"\x18\0\0\0\0\0\0\0"), "a message of the unknown kind 24");
         assert_eq!(refused(b"\0\0\0\0\0\0\0\0"), "a message of the unknown kind 0");
         assert_eq!(refused(b"\x04\0\0\0\x01\0\0\0"), "a KEEP_ALIVE with a payload of 1 bytes");
         assert_eq!(refused(b"\x0a\0\0\0\0\0\0\0"), "a IMAGE_DATA with a payload of 0 bytes");
         let torn = refused(b"\x05\0\x02\0\0\0\0\0\x12\x09");
         assert!(torn.starts_with("a SNAPSHOT_BEGIN that does not decode"), "{torn}");
+    }
+
+    #[test]
+    fn pages_that_cannot_be_are_not_asked_for() {
+        let range = PageRange::new(0x7fff_0000, 9).unwrap();
+        for space in [pages::Space::Task(7), pages::Space::Shmem(u64::MAX)] {
+            let asked = decode(&pages_request(5, "web", space, range).encode(0)).unwrap();
+            let Message::PagesRequest(asked) = asked else { panic!() };
+            assert_eq!((asked.request, requested(&asked)), (5, Ok((space, range))));
+        }
+        let refused = |shmem, id, address, pages| {
+            let asked = PagesRequest { shmem, id, address, pages, ..PagesRequest::default() };
+            requested(&asked).unwrap_err().to_string()
+        };
+        assert_eq!(refused(false, 1 << 32, 0, 1), "no task has the pid 4294967296");
+        assert_eq!(refused(true, 1 << 32, 0, 0), "no pages at 0x0");
+        assert!(refused(true, 3, 0x1008, 1).contains("which is not where a page begins"));
+        for (address, pages) in [(!0xfff, 1), (0x1000, u64::MAX), (0, 1 << 52)] {
+            assert!(refused(false, 7, address, pages).contains("end beyond 2^64"));
+        }
     }
 
     #[test]
@@ -444,7 +518,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_the_decoder_panic(
-            kind in 0u16..24, payload_len in 0usize..10, bytes: Vec<u8>,
+            kind in 0u16..25, payload_len in 0usize..10, bytes: Vec<u8>,
         ) {
             let header = Header { kind, message_len: bytes.len(), payload_len };
             let _ = Message::decode(header, &bytes);

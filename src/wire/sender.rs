@@ -42,6 +42,11 @@ pub enum Said {
     },
     /// A region that was asked for; its payload follows.
     Region(Region),
+    /// The cache asks for a part of an image, or for pages.
+    Request {
+        /// Its number for the answer.
+        request: u32,
+    },
     /// The snapshot is whole and kept.
     Acknowledged {
         /// Its number.
@@ -86,6 +91,8 @@ pub fn said(message: Message) -> Result<Said, OutOfOrder> {
             spaces: message::spaces(&spaces).collect(),
         }),
         Message::Region(region) => Ok(Said::Region(region)),
+        Message::RegionRequest(asked) => Ok(Said::Request { request: asked.request }),
+        Message::PagesRequest(asked) => Ok(Said::Request { request: asked.request }),
         Message::SnapshotAbort(abort) => {
             Ok(Said::Refused { snapshot: abort.snapshot, reason: abort.reason })
         }

@@ -43,7 +43,12 @@ impl Link {
 
     /// Sends a message, if the daemon takes it.
     pub(crate) fn try_send(&mut self, message: &Message) -> bool {
-        self.stream.write_all(&message.encode(0)).is_ok()
+        self.try_say(&message.encode(0))
+    }
+
+    /// Says any bytes, if the daemon takes them.
+    pub(crate) fn try_say(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).is_ok()
     }
 
     /// Closes one direction.

@@ -37,6 +37,7 @@ mod remote_lists;
 mod remote_readers;
 mod remote_writers;
 mod remote_writers_wait;
+mod requests_at_cache;
 mod rounds_at_cache;
 mod serve;
 mod serve_waits;

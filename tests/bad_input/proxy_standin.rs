@@ -1,6 +1,6 @@
 //! What speaks to a cache in a proxy's place.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 
 use criu_image_relay::criu::images::INVENTORY;
 use criu_image_relay::criu::pages::Space;
@@ -9,6 +9,7 @@ use criu_image_relay::wire::message::{
     Hello, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, SnapshotBegin, SnapshotEnd,
     space,
 };
+use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 use crate::criu::RECORDS;
 use crate::link::Link;
@@ -22,7 +23,19 @@ pub(crate) struct ProxyStandin {
 impl ProxyStandin {
     /// Connects and shakes hands.
     pub(crate) fn connect(cache: SocketAddr) -> ProxyStandin {
-        let mut link = Link::new(TcpStream::connect(cache).unwrap());
+        ProxyStandin::on(TcpStream::connect(cache).unwrap())
+    }
+
+    /// The same from another address of this machine: to the cache it is another host.
+    pub(crate) fn connect_from(host: Ipv4Addr, cache: SocketAddr) -> ProxyStandin {
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&socket, &SocketAddr::from((host, 0))).unwrap();
+        connect(&socket, &cache).unwrap();
+        ProxyStandin::on(socket.into())
+    }
+
+    fn on(stream: TcpStream) -> ProxyStandin {
+        let mut link = Link::new(stream);
         link.say(&frame::preface());
         link.send(&Message::Hello(Hello { name: "standin".to_owned(), features: Vec::new() }));
         link.receive_preface();

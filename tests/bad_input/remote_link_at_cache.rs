@@ -136,10 +136,17 @@ fn what_only_a_cache_says_ends_its_link() {
         let goodbye = assert_broken(&[], |proxy| proxy.link.send(&said), &cause);
         assert!(goodbye.unwrap().contains(&cause));
     }
-    let region = Message::Region(Region::default());
-    let say = |proxy: &mut ProxyStandin| proxy.link.send_payload(&region, b"bytes");
-    let goodbye = assert_broken(&[], say, "a REGION out of order");
-    assert!(goodbye.unwrap().contains("a REGION out of order"));
+}
+
+#[test]
+fn a_region_that_the_cache_has_not_asked_for_ends_its_link() {
+    for request in [0, 7, u32::MAX] {
+        let region = Message::Region(Region { request, ..Region::default() });
+        let say = |proxy: &mut ProxyStandin| proxy.link.send_payload(&region, b"bytes");
+        let cause = format!("a REGION for the request number {request}, which was not made");
+        let goodbye = assert_broken(&[], say, &cause);
+        assert!(goodbye.unwrap().contains(&cause));
+    }
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::wire::message::{
-    ImageAck, ImageReady, Message, REGION_MAX, REGIONS_MAX, Region, RegionRequest, SnapshotAck,
-    SnapshotReady,
+    ImageAck, ImageReady, Message, PagesForget, REGION_MAX, REGIONS_MAX, Region, RegionRequest,
+    SnapshotAck, SnapshotReady,
 };
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -116,8 +116,8 @@ fn a_region_over_the_limit_ends_its_link() {
 #[test]
 fn what_only_a_proxy_says_ends_its_link() {
     let mut stage = Stage::set();
-    stage.link.send(&Message::RegionRequest(RegionRequest::default()));
-    stage.assert_lost("the cache broke the protocol: a REGION_REQUEST out of order");
+    stage.link.send(&Message::PagesForget(PagesForget::default()));
+    stage.assert_lost("the cache broke the protocol: a PAGES_FORGET out of order");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::layer::Run;
+use super::layer::{Layer, Run};
 use super::tree::{Runs, Tree};
 use crate::criu::pages::PageRange;
 
@@ -66,6 +66,24 @@ impl Index {
             Part::Gap(_) => None,
         });
         range.split(there.sum()).0
+    }
+
+    /// The first pages of a range that follow each other in one file, too, and where they begin there, in
+    /// bytes. `None` if its first page is not there.
+    pub fn together(&self, range: PageRange) -> Option<(PageRange, &Rc<Layer>, u64)> {
+        let mut parts = self.parts(range);
+        let Some(Part::Pages { range: mut first, offset, run }) = parts.next() else { return None };
+        for part in parts {
+            match part {
+                Part::Pages { range: next, offset: at, run: other }
+                    if Rc::ptr_eq(run.layer(), other.layer()) && at == offset + first.bytes() =>
+                {
+                    first.end = next.end;
+                }
+                _ => break,
+            }
+        }
+        Some((first, run.layer(), offset))
     }
 
     /// An index of one run.

@@ -112,6 +112,47 @@ fn a_range_is_looked_up_in_parts_and_gaps() {
 }
 
 #[test]
+fn the_pages_that_a_range_begins_with_are_told_and_which_of_them_lie_together() {
+    let quota = Quota::new(1 << 20);
+    let mut round = Round::new(Some(snapshot(&quota, 12, 100)));
+    round.inherit(&1, pages(0, 4)).unwrap();
+    add(&mut round, &quota, 1, pages(4, 2), 200);
+    // With other flags it is another run.
+    let more = pages(6, 2);
+    let place = round.accept(&1, more, 2, charge(&quota, more)).unwrap();
+    fill(&place, 202);
+    round.filled(place);
+    round.inherit(&1, pages(8, 2)).unwrap();
+    let flat = round.commit().unwrap();
+    let index = flat.space(&1).unwrap();
+    for (page, count, leading, together) in [
+        (0, 100, Some(10), Some((4, 0))),
+        (0, 3, Some(3), Some((3, 0))),
+        (2, 100, Some(8), Some((2, 2))),
+        (4, 100, Some(6), Some((4, 0))),
+        (5, 2, Some(2), Some((2, 1))),
+        (7, 2, Some(2), Some((1, 3))),
+        (8, 2, Some(2), Some((2, 8))),
+        (10, 2, None, None),
+    ] {
+        let range = pages(page, count);
+        assert_eq!(index.leading(range), leading.map(|count| pages(page, count)), "{range:?}");
+        let found = index.together(range).map(|(found, layer, offset)| {
+            let mut first = [0; 8];
+            layer.file().read_exact_at(&mut first, offset).unwrap();
+            let number = u64::from_le_bytes(first);
+            assert_eq!(number % 100, if number >= 200 { page - 4 } else { page });
+            (found, offset / PAGE)
+        });
+        assert_eq!(
+            found,
+            together.map(|(count, offset)| (pages(page, count), offset)),
+            "{range:?}"
+        );
+    }
+}
+
+#[test]
 fn runs_that_go_on_become_one_unless_their_flags_differ() {
     let quota = Quota::new(1 << 20);
     let mut round = Round::new(None);

@@ -1,7 +1,7 @@
 //! What comes of a message.
 
 use crate::criu::pages::{Run, Space};
-use crate::wire::message::RegionRequest;
+use crate::wire::message::{PagesRequest, RegionRequest};
 
 /// What the cache has to do about a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,6 +99,8 @@ pub enum Action {
     },
     /// A part of an image is asked for.
     Region(RegionRequest),
+    /// Pages are asked for.
+    RequestedPages(PagesRequest),
     /// Everything has come that was announced.
     Complete {
         /// The snapshot's number.

@@ -69,13 +69,15 @@ impl Receiver {
                 }
             }
             Message::RegionRequest(request) => Ok(Action::Region(request)),
+            Message::PagesRequest(request) => Ok(Action::RequestedPages(request)),
+            // This side asks for nothing yet.
+            Message::Region(region) => Err(Violation::NotAsked(region.request)),
             Message::Hello(_)
             | Message::Welcome(_)
             | Message::SnapshotReady(_)
             | Message::SnapshotAck(_)
             | Message::ImageReady(_)
             | Message::ImageAck(_)
-            | Message::Region(_)
             | Message::Spaces(_) => Err(Violation::OutOfOrder(message.kind().as_str_name())),
         }
     }
@@ -200,8 +202,9 @@ impl Receiver {
             let reason = round.cut_short();
             return Ok(self.damaged(snapshot, reason));
         }
-        let Some(space) = announced(space) else {
-            return Ok(self.damaged(snapshot, format!("no task has the pid {}", space.id)));
+        let space = match announced(space) {
+            Ok(space) => space,
+            Err(bad) => return Ok(self.damaged(snapshot, bad.to_string())),
         };
         round.open = true;
         round.spaces += 1;

@@ -6,6 +6,9 @@ pub enum Violation {
     /// A message that this side never gets, or not now.
     #[error("a {0} out of order")]
     OutOfOrder(&'static str),
+    /// An answer to a request that this side has not made.
+    #[error("a REGION for the request number {0}, which was not made")]
+    NotAsked(u32),
     /// A number that was never begun, or has ended.
     #[error("a {kind} for snapshot number {snapshot}, which is not under way")]
     NoSuchSnapshot {
