@@ -10,9 +10,9 @@ use super::outgoing::{Command, send};
 use super::regions::{Answered, Regions};
 use super::upload::{Fate, Told, Upload};
 use crate::config::LinkSettings;
-use crate::criu::pages::Space;
+use crate::criu::pages::{PageRange, Space};
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{Message, REGIONS_MAX, RegionRequest};
+use crate::wire::message::{Message, REGIONS_MAX, RegionRequest, pages_request};
 use crate::wire::sender::{Said, said};
 
 /// How many commands may wait for the lane. Each image has at most one chunk under way.
@@ -124,6 +124,16 @@ impl Connection {
         let (snapshot_id, name) = (snapshot_id.to_owned(), name.to_owned());
         let ask = |request| RegionRequest { request, snapshot_id, name, offset, len };
         self.ask(|request| Message::RegionRequest(ask(request))).await
+    }
+
+    /// Asks for pages that the cache has, likewise.
+    pub(super) async fn pages(
+        &self,
+        snapshot_id: &str,
+        space: Space,
+        range: PageRange,
+    ) -> Option<Answered> {
+        self.ask(|request| pages_request(request, snapshot_id, space, range)).await
     }
 
     async fn ask(&self, message: impl FnOnce(u32) -> Message) -> Option<Answered> {

@@ -113,7 +113,7 @@ impl Backend for Control {
             record.state() == SnapshotState::Awaited && record.info().peer == cache
         });
         let record = beside.map_or_else(|| proxy.awaited(&id, &cache), Ok)?;
-        let target = pages::Target { id, parent, cache, record: record.clone() };
+        let target = pages::Target { id, parent, cache, record: record.clone(), is_new: false };
         match socket {
             PagesSocket::Connected(stream) => {
                 tokio::task::spawn_local(async move {

@@ -2,7 +2,7 @@
 //!
 //! - [`dump`]: one CRIU run, as a list of phases; `requests` and `forward` are its ends, towards
 //!   CRIU's socket and from CRIU's pipes.
-//! - `pages`: CRIU's page server; `round` is what one round sends.
+//! - `pages`: CRIU's page server; `round` is what one round sends, `gets` gives pages back.
 //! - `remote`: the clients that name their images, and the snapshots that they have begun.
 //! - [`link`]: the links to caches, made when there is something to send; `greeting` is the handshake.
 //! - [`connection`]: a link that is up, and the snapshots that share it, each an [`upload`]; `outgoing` is what goes
@@ -18,6 +18,7 @@ pub mod upload;
 mod control;
 mod failure;
 mod forward;
+mod gets;
 mod greeting;
 mod outgoing;
 mod pages;
@@ -26,7 +27,7 @@ mod remote;
 mod requests;
 mod round;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 
@@ -58,6 +59,8 @@ pub struct Proxy {
     sessions: Sessions,
     listeners: Listeners,
     rate: Rate,
+    /// Bytes of pages that clients have been given back.
+    served: Cell<u64>,
     started_ms: u64,
 }
 
@@ -72,6 +75,7 @@ impl Proxy {
             sessions: Sessions::default(),
             listeners: Listeners::default(),
             rate: Rate::default(),
+            served: Cell::new(0),
             started_ms: now_ms(),
             settings: RefCell::new(Rc::new(settings)),
         })
@@ -169,7 +173,7 @@ impl Daemon for Proxy {
     }
 
     fn progress(&self) -> u64 {
-        self.records.total()
+        self.records.total() + self.served.get()
     }
 
     fn stop_accepting(&self) {

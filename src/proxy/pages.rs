@@ -1,5 +1,5 @@
 //! CRIU's page server: a dump or pre-dump connects, sends the pages of a round, and hears when the cache
-//! has them. Rounds follow each other on one connection or on several.
+//! has them. Rounds follow each other on one connection or on several. Or somebody asks for pages: `gets`.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use tracing::Instrument;
 use super::Proxy;
 use super::dump::fresh_id;
 use super::failure::Failure;
+use super::gets::{NotGiven, Pages};
 use super::records::Record;
 use super::round::Round;
 use super::upload::Chunk;
@@ -17,18 +18,22 @@ use crate::config::ProxySettings;
 use crate::control::model::SnapshotState;
 use crate::criu::page_server::answer;
 use crate::criu::page_server::command::Command;
-use crate::criu::page_server::header::Reader;
-use crate::criu::page_server::session::{Action, Session, Violation};
+use crate::criu::page_server::session::{Action, Session};
 use crate::criu::pages::Contents;
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
+use crate::daemon::page_server::{self, Ended};
 use crate::sys::connected::Stream;
 use crate::sys::ends::Source;
 
 /// How many page spaces a round may have; a cache takes no more, either.
 const SPACES_MAX: usize = 1 << 16;
+
+/// What is said to a client that asks for pages where there are none.
+const NOBODYS: &str = "GET on the shared page server, where each connection makes a snapshot: open a socket for \
+                       the one whose pages are meant (criu-imagectl open --pages)";
 
 /// Which snapshot the rounds belong to, and where they go.
 #[derive(Debug, Clone)]
@@ -41,6 +46,15 @@ pub(super) struct Target {
     pub(super) cache: String,
     /// Its record.
     pub(super) record: Rc<Record>,
+    /// Whether a connection of its own has made it, so that there can be no pages yet to ask for.
+    pub(super) is_new: bool,
+}
+
+impl Target {
+    /// Whether there can be no pages of the snapshot that somebody could ask for.
+    fn has_no_pages(&self) -> bool {
+        self.is_new && !self.record.has_begun_rounds()
+    }
 }
 
 /// Serves one connection of the shared socket: its rounds become a new snapshot.
@@ -49,7 +63,7 @@ pub(super) async fn serve_shared(proxy: Rc<Proxy>, stream: Stream) {
     let cache = proxy.links.destination(&proxy.settings());
     // Nobody has that id.
     let Some(record) = proxy.records.add(&id, &cache, SnapshotState::Awaited) else { return };
-    let target = Target { id, parent: None, cache, record: record.clone() };
+    let target = Target { id, parent: None, cache, record: record.clone(), is_new: true };
     admit_and_serve(proxy.clone(), stream, target).await;
     proxy.records.await_no_more(&record);
 }
@@ -74,24 +88,22 @@ pub(super) async fn serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
     let span = tracing::info_span!("pages", criu_snapshot = target.id, criu_peer = %peer);
     async {
         let settings = proxy.settings();
-        let stream = Rc::new(stream);
-        let source = Rc::new(Source::Stream(stream.clone()));
-        let (reader, session) = (Reader::new(), Session::new(SPACES_MAX));
+        let criu = page_server::Client::new(stream);
+        let source = Rc::new(Source::Stream(criu.stream().clone()));
         let mut client = Client {
             proxy: &proxy,
             settings,
             target: &target,
-            stream,
+            criu,
             source,
-            reader,
-            session,
+            session: Session::new(SPACES_MAX),
             pagemap: String::new(),
             has_closed: false,
         };
-        let mut another = client.round(client.settings.sessions.stall_timeout).await;
+        let mut another = client.next(client.settings.sessions.stall_timeout).await;
         while another {
             // Between rounds the process runs, as long as its owner likes.
-            another = client.round(Duration::MAX).await;
+            another = client.next(Duration::MAX).await;
         }
     }
     .instrument(span)
@@ -116,10 +128,10 @@ struct Client<'a> {
     proxy: &'a Proxy,
     settings: Rc<ProxySettings>,
     target: &'a Target,
-    stream: Rc<Stream>,
-    /// The same, where pages come from.
+    /// What it says.
+    criu: page_server::Client,
+    /// The same connection, where pages come from.
     source: Rc<Source>,
-    reader: Reader,
     session: Session,
     /// The image that the pages would be described by.
     pagemap: String,
@@ -128,26 +140,41 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
-    /// Serves one round. Returns whether another may follow.
-    async fn round(&mut self, patience: Duration) -> bool {
+    /// Serves one round, or a session of GETs. Returns whether another may follow.
+    async fn next(&mut self, patience: Duration) -> bool {
         let record = self.target.record.clone();
         let first = tokio::select! {
-            first = self.command_within(patience) => first,
+            first = self.command(patience) => first,
             () = record.over() => return false,
         };
-        let first = match first {
-            // Of which no round is begun.
-            Ok(Some(Command::Get { .. })) => Err(incomplete(Violation::Get)),
-            first => first,
-        };
-        let first = match first {
-            Ok(Some(first)) => first,
+        let refused = match first {
             Ok(None) => return false,
-            Err(failure) => {
-                tracing::warn!(message_id = journal::PEER_REFUSED, "the session ended: {failure}");
-                return false;
-            }
+            Ok(Some(Command::Get { .. })) if self.target.has_no_pages() => incomplete(NOBODYS),
+            Ok(Some(get @ Command::Get { .. })) => return self.gets(get).await,
+            Ok(Some(first)) => return self.round(first).await,
+            Err(failure) => failure,
         };
+        tracing::warn!(message_id = journal::PEER_REFUSED, "the session ended: {refused}");
+        false
+    }
+
+    /// Gives the client pages, until it ends that.
+    async fn gets(&mut self, first: Command) -> bool {
+        let (proxy, settings, target) = (self.proxy, self.settings.clone(), self.target);
+        let limits = &self.settings.sessions;
+        let (mut pages, mut sent) = (Pages { proxy, settings, target }, 0);
+        let (client, first) = (&mut self.criu, Some(first));
+        let ended = tokio::select! {
+            ended = page_server::serve(client, first, &mut pages, &mut sent, limits) => ended,
+            why = target.record.stopped() => Err(NotGiven::Stopped(why).into()),
+        };
+        page_server::tell(&pages, self.criu.stream().peer(), sent, ended.as_ref().err());
+        matches!(ended, Ok(Ended::Force))
+    }
+
+    /// Serves one round.
+    async fn round(&mut self, first: Command) -> bool {
+        let record = self.target.record.clone();
         let started = Instant::now();
         let target = self.target;
         let own = record.has_begun_rounds().then_some(target.id.as_str());
@@ -196,7 +223,7 @@ impl Client<'_> {
     }
 
     /// Does what the client commands until the round has ended.
-    async fn exchange(&mut self, first: Command, round: &mut Round) -> Result<bool, Failure> {
+    async fn exchange(&mut self, first: Command, round: &Round) -> Result<bool, Failure> {
         let mut next = first;
         loop {
             let action = self.session.receive(next, |space| round.has_parent(space));
@@ -233,7 +260,7 @@ impl Client<'_> {
                 }
             }
             let limit = self.settings.sessions.stall_timeout;
-            let Some(command) = self.command_within(limit).await? else {
+            let Some(command) = self.command(limit).await? else {
                 return Err(incomplete("the client closed the connection after CLOSE"));
             };
             next = command;
@@ -241,7 +268,7 @@ impl Client<'_> {
     }
 
     /// Forwards the bytes of pages.
-    async fn payload(&mut self, round: &mut Round, mut left: u64) -> Result<(), Failure> {
+    async fn payload(&mut self, round: &Round, mut left: u64) -> Result<(), Failure> {
         let limit = self.settings.sessions.stall_timeout;
         while left > 0 {
             let ready = timeout(limit, self.source.readable()).await;
@@ -260,37 +287,19 @@ impl Client<'_> {
         Ok(())
     }
 
-    async fn command_within(&mut self, limit: Duration) -> Result<Option<Command>, Failure> {
-        timeout(limit, self.command()).await.unwrap_or_else(|_| Err(stalled(limit)))
-    }
-
-    /// The next command; `None` when the client has closed the connection between two rounds. It can be
-    /// cancelled without losing a part of it.
-    async fn command(&mut self) -> Result<Option<Command>, Failure> {
-        loop {
-            let room = self.reader.room();
-            if room.is_empty() {
-                return Ok(None);
-            }
-            match self.stream.read(room).await.map_err(incomplete)? {
-                0 if self.reader.is_within_header() => {
-                    return Err(incomplete("the connection was closed within a command"));
-                }
-                0 => return self.session.disconnected().map(|()| None).map_err(incomplete),
-                len => {
-                    if let Some(command) = self.reader.filled(len).map_err(incomplete)? {
-                        return Ok(Some(command));
-                    }
-                }
-            }
+    /// The next command; `None` when the client has closed the connection between two rounds.
+    async fn command(&mut self, patience: Duration) -> Result<Option<Command>, Failure> {
+        let limit = self.settings.sessions.stall_timeout;
+        match self.criu.command(patience, limit).await.map_err(incomplete)? {
+            Some(command) => Ok(Some(command)),
+            None => self.session.disconnected().map(|()| None).map_err(incomplete),
         }
     }
 
     /// Answers the client; it waits for it, so that there is room.
     async fn answer(&self, bytes: &[u8]) -> Result<(), Failure> {
         let limit = self.settings.sessions.request_timeout;
-        let written = timeout(limit, self.stream.write_all(bytes)).await;
-        written.map_err(|_| stalled(limit))?.map_err(incomplete)
+        self.criu.write(bytes, limit).await.map_err(incomplete)
     }
 
     /// The one line that the journal gets for a round.

@@ -15,24 +15,29 @@ type Stall = fn(&mut PageClient);
 fn a_client_that_stalls_within_a_round_is_given_up() {
     let hosts = Hosts::with(&[("sessions.stall-timeout", "\"300ms\"")], &[]);
     let mut between = round(&hosts, "between");
-    let stalled: [(&str, Stall); 3] = [
-        ("a", |_| {}),
-        ("b", |client| client.say(&[4; 10]).unwrap()),
-        ("c", |client| {
-            client.announce(TASK, 0x1000, false, 4).unwrap();
-            client.say(&[7; 5000]).unwrap();
-        }),
+    let nothing = "nothing came for 300ms";
+    let stalled: [(&str, Stall, &str); 3] = [
+        ("a", |_| {}, nothing),
+        (
+            "b",
+            |client| client.say(&[4; 10]).unwrap(),
+            "the rest of a command did not come within 300ms",
+        ),
+        (
+            "c",
+            |client| {
+                client.announce(TASK, 0x1000, false, 4).unwrap();
+                client.say(&[7; 5000]).unwrap();
+            },
+            nothing,
+        ),
     ];
-    for (id, stall) in stalled {
+    for (id, stall, cause) in stalled {
         let mut client = round(&hosts, id);
         assert!(client.open(TASK).unwrap());
         stall(&mut client);
         client.assert_failed();
-        hosts.proxy.assert_log(&[
-            "WARN",
-            &format!("a round of snapshot {id} failed"),
-            "nothing came for 300ms",
-        ]);
+        hosts.proxy.assert_log(&["WARN", &format!("a round of snapshot {id} failed"), cause]);
         assert_left(&hosts, id);
     }
     let mut silent = PageClient::on(hosts.proxy.open_pages("silent"), Dialect::Long);

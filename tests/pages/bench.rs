@@ -6,14 +6,18 @@ use std::io::Read;
 use std::net::SocketAddr;
 
 use criu_image_relay::client::{self, Error};
+use criu_image_relay::control::model::{Snapshot, SnapshotState};
+use criu_image_relay::criu::page_server::answer::GET_MAX;
+use criu_image_relay::criu::page_server::command::Command;
 use criu_image_relay::criu::page_server::header::Dialect;
+use criu_image_relay::criu::pages::{PAGE_SIZE, Space};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, TestRunner};
 
 use crate::criu::{Criu, RECORDS};
-use crate::daemons::{Daemon, Settings};
-use crate::model::{Contained, assert_shown};
-use crate::page_client::PageClient;
+use crate::daemons::{Daemon, Settings, eventually};
+use crate::model::{Contained, Shown, assert_shown, filled};
+use crate::page_client::{HELD, PageClient};
 
 /// Both daemons, linked.
 pub(crate) struct Bench {
@@ -105,6 +109,37 @@ impl Bench {
                 bytes
             })
         });
+    }
+
+    /// Who asks for pages of tasks gets this memory: each run of pages, and nothing of what lies between them.
+    #[track_caller]
+    pub(crate) fn assert_given(&self, id: &str, mut client: PageClient, wanted: &Contained) {
+        let mut asked = false;
+        for (space, pages) in wanted {
+            let Space::Task(pid) = *space else { continue };
+            let mut next = pages.keys().next().copied();
+            while let Some(page) = next {
+                let follows = |(at, (number, _)): &(u64, (&u64, &Shown))| at == *number;
+                let run = (page..).zip(pages.range(page..)).take_while(follows).count() as u64;
+                let get =
+                    Command::Get { id: pid.into(), address: page * PAGE_SIZE, pages: run + 9 };
+                client.command(get).unwrap();
+                let given = client.given(pid.into(), page * PAGE_SIZE).unwrap();
+                let count = given.len() as u64 / PAGE_SIZE;
+                assert_eq!(count, run.min(GET_MAX), "from {page:#x} of {space} on");
+                for ((page, (number, _)), bytes) in pages.range(page..).zip(given.chunks(4096)) {
+                    assert!(bytes == filled(*number), "page {page:#x} of {space} is another");
+                }
+                next = pages.range(page + count..).next().map(|(page, _)| *page);
+                asked = true;
+            }
+        }
+        if asked {
+            assert_eq!(client.close().unwrap(), HELD);
+        }
+        drop(client);
+        let awaited = |shown: Snapshot| shown.state == SnapshotState::Awaited;
+        assert!(eventually(|| !self.proxy.show(id).is_some_and(awaited)));
     }
 
     /// Nothing is left of a snapshot that is dropped.

@@ -1,5 +1,7 @@
-//! Whatever processes do with their memory between rounds, the images show it as it was at the last one.
+//! Whatever processes do with their memory between rounds, the images show it as it was at the last one, and who
+//! asks for single pages gets those of then, from the cache and through the proxy.
 
+use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::criu::page_server::header::Dialect;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -7,7 +9,7 @@ use proptest::sample::Index;
 use crate::bench::Bench;
 use crate::criu::{Criu, RECORDS};
 use crate::model::{Act, Memory, Way, acts, dialect, way};
-use crate::page_client::HELD;
+use crate::page_client::{HELD, PageClient};
 
 /// A round, and what comes before it.
 #[derive(Debug, Clone)]
@@ -74,10 +76,16 @@ fn migrate(bench: &Bench, id: &str, migration: &Migration) {
         memory.forget_dirt();
         before = now;
     }
+    let held = memory.contained();
+    bench.assert_given(id, bench.connect(id, door, *dialect), &held);
     match dump {
         Some(dump) => dump.complete(),
         None => bench.join(id),
     }
-    bench.assert_holds(id, &memory.contained());
+    for daemon in [&bench.proxy, &bench.cache] {
+        daemon.assert_state(id, SnapshotState::Whole);
+        bench.assert_given(id, PageClient::on(daemon.open_pages(id), *dialect), &held);
+    }
+    bench.assert_holds(id, &held);
     bench.drop_all_of(id);
 }

@@ -34,8 +34,8 @@ pub(in crate::ctl) struct Open {
     #[arg(long)]
     pub(in crate::ctl) again: bool,
 
-    /// Open a page server, too: for rounds of pages (proxy), or for criu lazy-pages (cache); by default
-    /// on a free port of 127.0.0.1
+    /// Open a page server, too: for rounds of pages (proxy) and for criu lazy-pages; by default on a free
+    /// port of 127.0.0.1
     #[arg(
         long,
         value_name = "ADDRESS:PORT",
