@@ -16,7 +16,7 @@ use std::time::Duration;
 use criu_image_relay::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status};
 use criu_image_relay::control::{Backend, Open, OpenPages, Reading, Refusal, serve};
 use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
-use criu_image_relay::daemon::sessions::admit;
+use criu_image_relay::daemon::sessions::{Peer, admit};
 use criu_image_relay::sys::scm::receive_descriptor;
 use criu_image_relay::timeline::{Phase, PhaseName};
 use serde_json::Value;
@@ -131,7 +131,7 @@ impl Backend for Fake {
         Some([1_000, 2_000].into_iter().zip(names).map(phase).collect())
     }
 
-    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+    fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
         self.store.lock().remove(id).map(drop).ok_or(Refusal::NoSuchSnapshot)
     }
 

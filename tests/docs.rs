@@ -12,6 +12,9 @@ use criu_image_relay::criu::stream::{encode_reply, encode_request};
 use criu_image_relay::wire::frame::{HEADER_LEN, Header, check_preface};
 use criu_image_relay::wire::message::Message;
 
+#[path = "messages/mod.rs"]
+mod messages;
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -123,18 +126,48 @@ fn every_option_and_command_stands_in_its_man_page() {
     }
 }
 
+/// The ids in the code, with their names.
+fn message_ids() -> BTreeMap<String, String> {
+    let code = read("src/daemon/journal.rs");
+    let constants = code.lines().filter_map(|line| line.strip_prefix("pub const "));
+    let ids = constants.map(|constant| {
+        let name = constant.split(':').next().unwrap();
+        (constant.split('"').nth(1).unwrap().to_owned(), name.to_owned())
+    });
+    ids.collect()
+}
+
 #[test]
 fn every_message_id_stands_in_the_page_of_operations() {
-    let (code, page) = (read("src/daemon/journal.rs"), read("docs/operations.md"));
-    let constants = code.lines().filter_map(|line| line.strip_prefix("pub const "));
-    let mut found = 0;
-    for constant in constants {
-        let name = constant.split(':').next().unwrap();
-        let id = constant.split('"').nth(1).unwrap();
-        assert!(page.contains(&format!("| `{id}` | {name}")), "{name} {id}");
-        found += 1;
+    let ids = message_ids();
+    for id in ids.keys() {
+        let right = id.len() == 32 && id.bytes().all(|b| b"0123456789abcdef".contains(&b));
+        assert!(right, "{id}");
     }
-    assert_eq!(page.matches("\n| `3f2a7d4b").count(), found);
+    let rows = messages::events();
+    assert_eq!(rows.len(), ids.len());
+    let page: BTreeMap<_, _> = rows.into_iter().map(|event| (event.id, event.name)).collect();
+    assert_eq!(page, ids);
+}
+
+#[test]
+fn every_field_stands_in_the_page_of_operations() {
+    let known = messages::fields();
+    for event in messages::events() {
+        assert!(event.fields.is_subset(&known), "{event:?}");
+    }
+    let mut code = String::new();
+    let mut dirs = vec![root().join("src")];
+    while let Some(dir) = dirs.pop() {
+        for path in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() { dirs.push(path) } else { code.push_str(&read(path)) }
+        }
+    }
+    for field in known {
+        let name = field.to_lowercase();
+        let set = [" =", ","].iter().any(|after| code.contains(&format!("{name}{after}")));
+        assert!(set, "{field}");
+    }
 }
 
 #[test]

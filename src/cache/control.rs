@@ -14,6 +14,7 @@ use crate::control::{Backend, Open, OpenPages, Reading, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
+use crate::daemon::sessions::Peer;
 use crate::store::{Image, Key, NoFiles, Snapshot, State};
 use crate::timeline::Phase;
 
@@ -67,12 +68,12 @@ impl Backend for Control {
         self.0.store.find(id, |snapshot| snapshot.timeline.phases().to_vec())
     }
 
-    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
         self.0.store.drop_snapshot(id).ok_or(Refusal::NoSuchSnapshot)?;
         tracing::info!(
             message_id = journal::SNAPSHOT_DROPPED,
             criu_snapshot = id,
-            "snapshot {id} dropped by the operator"
+            "snapshot {id} dropped by the operator, {peer}"
         );
         Ok(())
     }

@@ -13,6 +13,7 @@ use super::answers::Answer;
 use super::link::Over;
 use super::regions;
 use super::rounds::{ArrivingRound, Rounds};
+use super::waits::Waits;
 use crate::criu::pages::{Run, Space};
 use crate::daemon::journal;
 use crate::daemon::sessions::Session;
@@ -38,6 +39,7 @@ pub(super) struct Incoming<'a> {
     regions: JoinSet<()>,
     /// Whether an answer had to be left out: the peer does not read.
     deaf: bool,
+    waits: Waits,
 }
 
 /// A snapshot under way.
@@ -68,6 +70,7 @@ impl<'a> Incoming<'a> {
             replies,
             regions: JoinSet::new(),
             deaf: false,
+            waits: Waits::default(),
         }
     }
 
@@ -163,8 +166,12 @@ impl<'a> Incoming<'a> {
     }
 
     fn refuse(&mut self, snapshot: u32, id: &str, refused: &Refused) {
-        let message_id = journal::SNAPSHOT_DAMAGED;
-        tracing::warn!(message_id, criu_snapshot = id, "snapshot {id} is refused: {refused}");
+        tracing::warn!(
+            message_id = journal::SNAPSHOT_REFUSED,
+            criu_snapshot = id,
+            criu_reason = %refused,
+            "snapshot {id} is refused: {refused}"
+        );
         self.give_up(snapshot, &refused.to_string());
     }
 
@@ -212,7 +219,8 @@ impl<'a> Incoming<'a> {
         let Some(round) = self.rounds.get_mut(&snapshot) else {
             return Ok(reader.discard(len).await?);
         };
-        if let Err(reason) = round.receive(self.store, reader, len as u64).await? {
+        let received = round.receive(self.store, &self.waits, reader, len as u64).await?;
+        if let Err(reason) = received {
             self.fail(snapshot, &reason, true);
         }
         Ok(())
@@ -266,7 +274,7 @@ impl<'a> Incoming<'a> {
         append: bool,
     ) -> Result<(), Over> {
         let Some(arriving) = self.snapshots.get_mut(&snapshot) else { return Ok(()) };
-        let key = arriving.key;
+        let (key, id) = (arriving.key, arriving.id.clone());
         let begun = match self.store.begin_image(key, name, append) {
             Ok(begun) => begun,
             Err(refused) => {
@@ -275,7 +283,7 @@ impl<'a> Incoming<'a> {
             }
         };
         arriving.images.insert(image, begun.clone());
-        match self.charge(reader, key, &begun, 0).await? {
+        match self.charge(reader, (key, &id), &begun, 0).await? {
             Ok(()) => self.answer(Message::ImageReady(ImageReady { snapshot, image })),
             Err(reason) => self.fail(snapshot, &reason, true),
         }
@@ -303,13 +311,13 @@ impl<'a> Incoming<'a> {
     async fn charge(
         &self,
         reader: &Reader,
-        key: Key,
+        (key, id): (Key, &str),
         image: &Image,
         more: u64,
     ) -> Result<Result<(), String>, Over> {
         tokio::select! {
             biased;
-            charged = self.store.charge(key, image, more) => {
+            charged = self.waits.charge(id, self.store.charge(key, image, more)) => {
                 Ok(charged.map_err(|exhausted| format!("image {}: {exhausted}", image.name())))
             }
             () = self.store.gone(key) => Ok(Err(DROPPED.to_owned())),
@@ -332,7 +340,8 @@ impl<'a> Incoming<'a> {
             self.fail(snapshot, DROPPED, true);
             return Ok(reader.discard(len).await?);
         };
-        if let Err(reason) = self.charge(reader, arriving.key, &image, len as u64).await? {
+        let charged = self.charge(reader, (arriving.key, &arriving.id), &image, len as u64);
+        if let Err(reason) = charged.await? {
             self.fail(snapshot, &reason, true);
             return Ok(reader.discard(len).await?);
         }
@@ -376,9 +385,11 @@ impl<'a> Incoming<'a> {
             self.store.fail_round(&round.coming, reason);
             self.tell_round_failed(&round.id, reason);
         } else {
-            let message_id = journal::SNAPSHOT_DAMAGED;
+            // Its id was refused: it is no name for anything.
+            let (message_id, criu_reason) = (journal::PROTOCOL_ERROR, reason);
             tracing::warn!(
                 message_id,
+                criu_reason,
                 "snapshot number {snapshot} from {} is refused: {reason}",
                 self.sender.name
             );
@@ -399,21 +410,23 @@ impl<'a> Incoming<'a> {
 
     fn tell_damaged(&self, id: &str, reason: &str) {
         let message_id = journal::SNAPSHOT_DAMAGED;
-        let criu_snapshot = id;
+        let (criu_snapshot, criu_reason) = (id, reason);
         tracing::warn!(
             message_id,
             criu_snapshot,
+            criu_reason,
             "snapshot {id} from {} damaged: {reason}",
             self.sender.name
         );
     }
 
     fn tell_round_failed(&self, id: &str, reason: &str) {
-        let message_id = journal::SNAPSHOT_DAMAGED;
-        let criu_snapshot = id;
+        let message_id = journal::ROUND_FAILED;
+        let (criu_snapshot, criu_reason) = (id, reason);
         tracing::warn!(
             message_id,
             criu_snapshot,
+            criu_reason,
             "a round of snapshot {id} from {} failed: {reason}",
             self.sender.name
         );

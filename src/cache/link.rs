@@ -10,6 +10,7 @@ use tracing::Instrument;
 
 use crate::config::CacheSettings;
 use crate::daemon::journal;
+use crate::daemon::outages::Outages;
 use crate::store::Sender;
 use crate::sys::clock::host_name;
 use crate::sys::connected::{Peer, Stream};
@@ -43,17 +44,20 @@ pub(super) enum Over {
     /// The peer said goodbye.
     #[error("the peer ended it: {0}")]
     Goodbye(String),
-    /// The peer may not connect, or did not introduce itself.
+    /// The peer did not introduce itself, or asks too much.
     #[error("{0}")]
     Refused(String),
+    /// The peer may not connect.
+    #[error("{0}")]
+    NotAllowed(String),
 }
 
 impl Over {
     /// Whether the peer is to blame, and is told.
     fn is_fault(&self) -> bool {
         match self {
-            Over::Violation(_) | Over::Refused(_) => true,
-            Over::Lane(error) => matches!(error, LaneError::Frame(_) | LaneError::Message(_)),
+            Over::Violation(_) | Over::Refused(_) | Over::NotAllowed(_) => true,
+            Over::Lane(error) => error.is_fault(),
             Over::Goodbye(_) => false,
         }
     }
@@ -63,13 +67,17 @@ impl Over {
 /// blame for its end.
 pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
     let address = stream.peer();
-    let span = tracing::info_span!("link", criu_peer = %address);
+    let span = tracing::error_span!("link", criu_peer = %address);
     async {
         let settings = cache.settings();
         let (mut reader, mut writer) = match lane::split(stream, PIPES, settings.link.keep_alive) {
             Ok(halves) => halves,
             Err(error) => {
-                tracing::warn!("a link from {address} cannot be served: {error}");
+                tracing::warn!(
+                    message_id = journal::CANNOT_SERVE,
+                    criu_reason = %error,
+                    "a link from {address} cannot be served: {error}"
+                );
                 return false;
             }
         };
@@ -77,16 +85,24 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
             Ok(name) => name,
             Err(over) => {
                 farewell(&mut writer, &over).await;
-                let message_id = journal::PEER_REFUSED;
-                tracing::warn!(message_id, "a link from {address} is refused: {over}");
+                let message_id = match &over {
+                    Over::NotAllowed(_) => journal::PEER_REFUSED,
+                    _ => journal::PROTOCOL_ERROR,
+                };
+                tracing::warn!(
+                    message_id,
+                    criu_reason = %over,
+                    "a link from {address} is refused: {over}"
+                );
                 return !over.is_fault();
             }
         };
+        let outages = cache.links.outages_of(&name, address.host());
         let peer = format!("{name} ({address})");
         let _up = cache.links.add(&peer);
-        tracing::info!(message_id = journal::LINK_UP, "link from {peer} is up");
+        outages.tell_up(&format!("link from {peer}"));
         let sender = Sender { name: peer, host: address.host() };
-        run(cache, &settings, reader, writer, &sender).await
+        run(cache, &settings, reader, writer, &sender, &outages).await
     }
     .instrument(span)
     .await
@@ -110,7 +126,7 @@ async fn welcome(
             return Err(Over::Refused(format!("a {kind} instead of a HELLO")));
         };
         if !address.is_local() && !settings.insecure {
-            return Err(Over::Refused(
+            return Err(Over::NotAllowed(
                 "plaintext from another host; set `insecure = true` in the cache's configuration \
                  to allow it on a network that you trust"
                     .to_owned(),
@@ -150,6 +166,7 @@ async fn run(
     reader: Reader,
     writer: Writer,
     sender: &Sender,
+    outages: &Outages,
 ) -> bool {
     let peer = &sender.name;
     let (replies, queue) = mpsc::channel(ANSWERS);
@@ -161,16 +178,9 @@ async fn run(
         error = answers.send() => error.into(),
     };
     let lost = incoming.abandon(&format!("the link from {peer} ended: {over}"));
-    let message_id = journal::LINK_LOST;
-    if over.is_fault() {
-        tracing::warn!(message_id = journal::PEER_REFUSED, "link from {peer} ended: {over}");
-        if timeout(FAREWELL, answers.flush()).await.is_ok() {
-            farewell(answers.writer(), &over).await;
-        }
-    } else if lost > 0 {
-        tracing::warn!(message_id, "link from {peer} lost with {lost} snapshots under way: {over}");
-    } else {
-        tracing::info!(message_id, "idle link from {peer} ended: {over}");
+    outages.tell_over(&format!("link from {peer}"), &over.to_string(), over.is_fault(), lost);
+    if over.is_fault() && timeout(FAREWELL, answers.flush()).await.is_ok() {
+        farewell(answers.writer(), &over).await;
     }
     lost == 0 && !over.is_fault()
 }

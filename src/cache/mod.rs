@@ -1,7 +1,7 @@
 //! The destination host: links from proxies come in, CRIU's restores are served.
 //!
 //! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it, `rounds`
-//!   the pages among it,
+//!   the pages among it, `waits` those for the quota,
 //!   `answers` what goes back, `regions` the parts of images that it asks for.
 //! - [`remote`]: one client that names what it reads.
 //! - `pages`: one client that asks for pages, as CRIU's lazy-pages daemon does.
@@ -18,10 +18,12 @@ mod incoming;
 mod pages;
 mod regions;
 mod rounds;
+mod waits;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -35,6 +37,7 @@ use crate::daemon::accept::{Listeners, permits};
 use crate::daemon::given::GivenLink;
 use crate::daemon::handed_over::into_tokio;
 use crate::daemon::local_peers::admit_stream;
+use crate::daemon::outages::Outages;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
@@ -128,7 +131,15 @@ impl Cache {
 struct Links {
     peers: RefCell<Vec<Rc<LinkStatus>>>,
     busy: Sessions,
+    /// What was told of each proxy's links.
+    outages: RefCell<BTreeMap<Proxy, Rc<Outages>>>,
 }
+
+/// What a proxy calls itself, and its host.
+type Proxy = (String, Option<IpAddr>);
+
+/// Of so many proxies it is known whether they were lost.
+const OUTAGES: usize = 256;
 
 impl Links {
     fn add(&self, peer: &str) -> UpLink<'_> {
@@ -136,6 +147,19 @@ impl Links {
             Rc::new(LinkStatus { peer: peer.to_owned(), up: true, why: "connected".to_owned() });
         self.peers.borrow_mut().push(status.clone());
         UpLink { links: self, status }
+    }
+
+    /// What was told of a proxy's links so far.
+    fn outages_of(&self, name: &str, host: Option<IpAddr>) -> Rc<Outages> {
+        let mut known = self.outages.borrow_mut();
+        if known.len() >= OUTAGES {
+            known.retain(|_, outages| Rc::strong_count(outages) > 1 || outages.is_down());
+        }
+        let proxy = (name.to_owned(), host);
+        if known.len() >= OUTAGES && !known.contains_key(&proxy) {
+            return Rc::default();
+        }
+        known.entry(proxy).or_default().clone()
     }
 }
 
@@ -234,11 +258,12 @@ impl Daemon for Cache {
 
     fn tick(&self) {
         self.rate.sample(self.store.total());
-        for id in self.store.expire(Instant::now()) {
+        for (id, why) in self.store.expire(Instant::now()) {
             tracing::info!(
-                message_id = journal::SNAPSHOT_DROPPED,
+                message_id = journal::SNAPSHOT_EXPIRED,
                 criu_snapshot = id,
-                "snapshot {id} is no longer kept"
+                criu_reason = why,
+                "snapshot {id} is no longer kept: {why}"
             );
         }
     }
@@ -290,14 +315,19 @@ impl Daemon for Cache {
 
     fn farewell(&self) {
         self.store.for_each(|snapshot| {
-            if matches!(snapshot.state, State::Whole(_)) {
-                tracing::warn!(
-                    message_id = journal::SNAPSHOT_DROPPED,
-                    criu_snapshot = snapshot.id,
-                    "snapshot {} is lost: the cache was stopped before a restore took it",
-                    snapshot.id
-                );
-            }
+            let criu_reason = match snapshot.state {
+                State::Whole(_) => "the cache was stopped before a restore took it",
+                State::Paged => "the cache was stopped while it held pages of it",
+                State::Receiving(_) => "the cache was stopped while it was coming",
+                State::Awaited | State::Taken(_) | State::Damaged { .. } => return,
+            };
+            let (message_id, id) = (journal::SNAPSHOT_LOST, snapshot.id.as_str());
+            tracing::warn!(
+                message_id,
+                criu_snapshot = id,
+                criu_reason,
+                "snapshot {id} is lost: {criu_reason}"
+            );
         });
     }
 }

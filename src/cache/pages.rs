@@ -75,8 +75,12 @@ pub(super) async fn admit_and_serve(cache: Rc<Cache>, stream: Stream, whose: Who
     match admit_stream(&stream, &settings.allow_uids, settings.insecure) {
         Ok(()) => serve(cache, stream, whose).await,
         Err(why) => {
-            let message_id = journal::PEER_REFUSED;
-            tracing::warn!(message_id, "a client for pages, {peer}, is refused: {why}");
+            tracing::warn!(
+                message_id = journal::PEER_REFUSED,
+                criu_peer = %peer,
+                criu_reason = %why,
+                "a client for pages, {peer}, is refused: {why}"
+            );
         }
     }
 }
@@ -85,15 +89,18 @@ pub(super) async fn admit_and_serve(cache: Rc<Cache>, stream: Stream, whose: Who
 pub(super) async fn serve(cache: Rc<Cache>, stream: Stream, whose: Whose) {
     let _session = cache.restores.enter();
     let peer = stream.peer();
-    let span =
-        tracing::info_span!("pages", criu_peer = %peer, criu_snapshot = tracing::field::Empty);
+    let span = tracing::error_span!("pages", criu_peer = %peer);
     async {
         let settings = cache.settings();
         let pipe_size = usize::try_from(settings.sessions.pipe_size).unwrap_or(usize::MAX);
         let staging = match Pipe::new(pipe_size) {
             Ok(staging) => staging,
             Err(error) => {
-                tracing::warn!("pages cannot be served to {peer}: {error}");
+                tracing::warn!(
+                    message_id = journal::CANNOT_SERVE,
+                    criu_reason = %error,
+                    "pages cannot be served to {peer}: {error}"
+                );
                 return;
             }
         };
@@ -163,10 +170,6 @@ impl page_server::Pages for Pages<'_> {
     fn snapshot(&self) -> Option<&str> {
         self.bound.as_ref().map(|bound| &*bound.id)
     }
-
-    fn is_fault(not_given: &NotGiven) -> bool {
-        !matches!(not_given, NotGiven::Left | NotGiven::Unavailable(_) | NotGiven::Ours(_))
-    }
 }
 
 impl Pages<'_> {
@@ -188,7 +191,6 @@ impl Pages<'_> {
             () = left(client.stream()) => return Err(NotGiven::Left),
         }
         let id = claim.id().unwrap_or_default();
-        tracing::Span::current().record("criu_snapshot", &id);
         let flat = store.flat_of(key).map_err(NotGiven::NotFlat)?;
         let serving = self.cache.serving.enter();
         self.bound = Some(Bound { id, flat: flat.clone(), _serving: serving });

@@ -37,11 +37,14 @@ pub(super) async fn serve(cache: Rc<Cache>, socket: UnixStream) {
     let settings = cache.settings();
     let patience = settings.sessions.request_timeout;
     let client = Client::new(socket, patience, settings.remote.historical_endings);
-    let span = tracing::info_span!("remote", criu_peer = %peer);
+    let span = tracing::error_span!("remote", criu_peer = %peer);
     let mut session = Session { cache, settings, client };
-    if let Err(ended) = session.run().instrument(span).await {
-        tell(peer, &ended);
-    }
+    let serve = async {
+        if let Err(ended) = session.run().await {
+            tell(peer, &ended);
+        }
+    };
+    serve.instrument(span).await;
 }
 
 struct Session {
@@ -220,8 +223,17 @@ fn tell(peer: Peer, ended: &Ended) {
             tracing::info!("a client, {peer}, was refused: {ended}");
         }
         _ => {
-            let message_id = journal::PEER_REFUSED;
-            tracing::warn!(message_id, "the session of a client, {peer}, ended: {ended}");
+            let message_id = match ended {
+                Ended::Failed(Failure::Stalled { .. } | Failure::Image { .. }) => {
+                    journal::RESTORE_FAILED
+                }
+                _ => journal::PROTOCOL_ERROR,
+            };
+            tracing::warn!(
+                message_id,
+                criu_reason = %ended,
+                "the session of a client, {peer}, ended: {ended}"
+            );
         }
     }
 }

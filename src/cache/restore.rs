@@ -77,8 +77,7 @@ struct Read {
 /// CRIU sees its socket closed.
 pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source: Source) -> bool {
     let _session = cache.restores.enter();
-    let span =
-        tracing::info_span!("restore", criu_peer = %peer, criu_snapshot = tracing::field::Empty);
+    let span = tracing::error_span!("restore", criu_peer = %peer);
     let settings = cache.settings();
     async {
         let started = Instant::now();
@@ -93,7 +92,7 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
             sent: Read::default(),
         };
         if let Err(failure) = restore.run(source).await {
-            tell_failed(peer, &failure);
+            tell_failed(peer, restore.bound.as_ref().map(|(claim, _)| claim), &failure);
             return false;
         }
         let taken = !matches!(source, Source::Look(_)) && restore.sent.images > 0;
@@ -107,18 +106,23 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
     .await
 }
 
-fn tell_failed(peer: Peer, failure: &Failure) {
-    match failure {
-        // Not the peer's fault.
-        Failure::Left => tracing::info!("a restore by {peer} ended: {failure}"),
-        Failure::Unavailable(_) | Failure::Image { .. } => {
-            tracing::warn!("a restore by {peer} ended: {failure}");
+fn tell_failed(peer: Peer, claim: Option<&Claim>, failure: &Failure) {
+    let criu_snapshot = claim.and_then(Claim::id);
+    let message_id = match failure {
+        // Nobody's fault: it may come again.
+        Failure::Left => {
+            tracing::info!(criu_snapshot, "a restore by {peer} ended: {failure}");
+            return;
         }
-        _ => {
-            let message_id = journal::PEER_REFUSED;
-            tracing::warn!(message_id, "a restore by {peer} ended: {failure}");
-        }
-    }
+        Failure::Session(_) => journal::PROTOCOL_ERROR,
+        _ => journal::RESTORE_FAILED,
+    };
+    tracing::warn!(
+        message_id,
+        criu_snapshot,
+        criu_reason = %failure,
+        "a restore by {peer} ended: {failure}"
+    );
 }
 
 fn tell_taken(claim: &Claim, sent: &Read, started: Instant) {
@@ -127,6 +131,7 @@ fn tell_taken(claim: &Claim, sent: &Read, started: Instant) {
     let criu_seconds = started.elapsed().as_secs_f64();
     tracing::info!(
         message_id = journal::SNAPSHOT_TAKEN,
+        criu_snapshot = id,
         criu_bytes,
         criu_images,
         criu_seconds,
@@ -176,9 +181,6 @@ impl Restore<'_> {
         };
         if self.serving.is_none() {
             self.serving = Some(self.cache.serving.enter());
-            if let Some(id) = claim.id() {
-                tracing::Span::current().record("criu_snapshot", id);
-            }
         }
         let images = images?;
         self.bound = Some((claim, images.clone()));

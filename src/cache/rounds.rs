@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::incoming::DROPPED;
 use super::link::Over;
+use super::waits::Waits;
 use crate::criu::pages::{Contents, Run, Space};
 use crate::daemon::sessions::Session;
 use crate::store::pages::{PAGE, Place};
@@ -70,13 +71,14 @@ impl ArrivingRound {
     pub(super) async fn receive(
         &mut self,
         store: &Store,
+        waits: &Waits,
         reader: &mut Reader,
         mut len: u64,
     ) -> Result<Result<(), String>, Over> {
         while len > 0 {
             let mut filling = match self.filling.take() {
                 Some(filling) => filling,
-                None => match self.next_place(store, reader).await? {
+                None => match self.next_place(store, waits, reader).await? {
                     Ok(place) => Filling { place, written: 0 },
                     Err(reason) => {
                         reader.discard(usize::try_from(len).unwrap_or(usize::MAX)).await?;
@@ -105,6 +107,7 @@ impl ArrivingRound {
     async fn next_place(
         &mut self,
         store: &Store,
+        waits: &Waits,
         reader: &Reader,
     ) -> Result<Result<Place, String>, Over> {
         if !store.is_paging(&self.coming) {
@@ -116,9 +119,10 @@ impl ArrivingRound {
             Err(reason) => return Ok(Err(reason)),
         };
         let range = piece.range();
+        let charge = store.charge_pages(&self.coming, range.bytes());
         let charged = tokio::select! {
             biased;
-            charged = store.charge_pages(&self.coming, range.bytes()) => charged,
+            charged = waits.charge(&self.id, charge) => charged,
             () = store.gone(self.coming.key()) => return Ok(Err(DROPPED.to_owned())),
             () = reader.hung_up() => return Err(LaneError::Torn.into()),
         };

@@ -27,6 +27,7 @@ mod tests;
 pub use accept::serve;
 pub use client::{Client, ClientError, Watch};
 
+use crate::daemon::sessions::Peer;
 use crate::timeline::Phase;
 use model::{Image, ImageFile, Snapshot, Status};
 
@@ -60,8 +61,8 @@ pub trait Backend {
     /// When what happened to a snapshot.
     fn timeline(&self, id: &str) -> Option<Vec<Phase>>;
 
-    /// Forgets a snapshot and gives its memory back.
-    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal>;
+    /// Forgets a snapshot and gives its memory back, because `peer` said so.
+    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal>;
 
     /// Serves CRIU's stream protocol on a socket. It returns at once: what happens on the socket
     /// later is told by the snapshot's state.
@@ -162,8 +163,8 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
         (**self).timeline(id)
     }
 
-    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
-        (**self).drop_snapshot(id)
+    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
+        (**self).drop_snapshot(id, peer)
     }
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
-use tracing::{debug, warn};
+use tracing::{Instrument, debug, error_span, warn};
 use zlink::varlink_service::{Error as ServiceError, Info};
 use zlink::{Call, Connection, Reply};
 
@@ -23,6 +23,7 @@ use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
 use super::{Backend, DESCRIPTION, INTERFACE, Open, OpenPages, Reading, Refusal};
 use crate::criu::names::check_id;
+use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
 
 /// A peer that says nothing for so long is disconnected: its place is wanted.
@@ -84,24 +85,32 @@ impl From<zlink::Error> for Ended {
 
 /// Answers a peer's calls until it goes. A fault of the peer's ends this conversation only.
 pub(super) async fn converse<B: Backend>(stream: UnixStream, peer: Peer, backend: Rc<B>) {
-    match Conversation::run(stream, &*backend).await {
-        Ended::Fault(error) => warn!("control: {peer} is disconnected: {error}"),
-        ended => debug!("control: {peer} is disconnected: {ended}"),
-    }
+    let serve = async {
+        match Conversation::run(stream, peer, &*backend).await {
+            Ended::Fault(error) => warn!(
+                message_id = journal::PROTOCOL_ERROR,
+                criu_reason = %error,
+                "control: {peer} is disconnected: {error}"
+            ),
+            ended => debug!("control: {peer} is disconnected: {ended}"),
+        }
+    };
+    serve.instrument(error_span!("control", criu_peer = %peer)).await;
 }
 
 struct Conversation<'b, B> {
     connection: Connection<Guarded>,
+    peer: Peer,
     backend: &'b B,
 }
 
 impl<B: Backend> Conversation<'_, B> {
-    async fn run(stream: UnixStream, backend: &B) -> Ended {
+    async fn run(stream: UnixStream, peer: Peer, backend: &B) -> Ended {
         let connection = match zlink::unix::Stream::try_from(stream) {
             Ok(stream) => Connection::new(Guarded(stream)),
             Err(error) => return error.into(),
         };
-        let mut conversation = Conversation { connection, backend };
+        let mut conversation = Conversation { connection, peer, backend };
         loop {
             if let Err(ended) = conversation.next().await {
                 return ended;
@@ -115,6 +124,7 @@ impl<B: Backend> Conversation<'_, B> {
         let outcome = match call.method().method.as_str() {
             method::WATCH if call.more() => return self.watch(&call).await,
             method::WATCH => Err(ServiceError::ExpectedMore.into()),
+            method::DROP => drop_snapshot(self.backend, call.method(), self.peer),
             _ => answer(self.backend, call.method(), descriptors).await,
         };
         match outcome {
@@ -177,6 +187,12 @@ impl<B: Backend> Conversation<'_, B> {
     }
 }
 
+fn drop_snapshot(backend: &impl Backend, call: &Incoming, peer: Peer) -> Result<Value, Failure> {
+    let ById { id } = parameters(call)?;
+    backend.drop_snapshot(&id, peer).map_err(|refusal| refused(refusal, &id))?;
+    Ok(nothing())
+}
+
 /// Answers a call that has one reply.
 async fn answer(
     backend: &impl Backend,
@@ -195,11 +211,6 @@ async fn answer(
             let ById { id } = parameters(call)?;
             let phases = backend.timeline(&id).ok_or_else(|| no_such(&id))?;
             Ok(value(TimelineOut { phases }))
-        }
-        method::DROP => {
-            let ById { id } = parameters(call)?;
-            backend.drop_snapshot(&id).map_err(|refusal| refused(refusal, &id))?;
-            Ok(nothing())
         }
         method::OPEN => {
             open(backend, parameters(call)?, descriptors)?;

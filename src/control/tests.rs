@@ -11,8 +11,6 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::LocalSet;
 use tokio::time::{sleep, timeout};
 
-use crate::daemon::sessions::Peer;
-
 use super::model::{LinkStatus, Role, SnapshotState};
 use super::*;
 use crate::timeline::{Phase, PhaseName};
@@ -79,7 +77,7 @@ impl Backend for Fake {
         })
     }
 
-    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+    fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
         if id == "busy" {
             return Err(Refusal::Refused("a restore reads it".to_owned()));
         }

@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::handed_over::{Listener, into_tokio};
+use super::journal;
 use super::sockets::Bound;
 use crate::sys::connected::Stream;
 
@@ -129,12 +130,20 @@ pub async fn accept_one<S>(socket: &str, accept: &impl AsyncFn() -> io::Result<S
         match accept().await {
             Ok(connection) => return connection,
             Err(error) if sort(&error) == Sorted::NextOne => {
-                tracing::debug!(%socket, "a connection went before it was accepted: {error}");
+                tracing::debug!(
+                    criu_socket = socket,
+                    "a connection went before it was accepted: {error}"
+                );
             }
             Err(error) => {
                 // Once for each shortage, not ten times a second.
                 if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(%socket, "cannot accept connections now, trying on: {error}");
+                    tracing::warn!(
+                        message_id = journal::CANNOT_SERVE,
+                        criu_socket = socket,
+                        criu_reason = %error,
+                        "cannot accept connections now, trying on: {error}"
+                    );
                 }
                 tokio::time::sleep(BACK_OFF).await;
             }

@@ -1,5 +1,6 @@
 //! Logs: to a file if one is named, else to journald with fields where a journal is, else to stderr.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
@@ -14,6 +15,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
+use super::journal;
 use crate::config::LogSettings;
 
 /// Where journald takes messages (systemd-journald.service(8)).
@@ -33,7 +35,7 @@ impl Logging {
         let (filter, level) = reload::Layer::new(filter(settings.level));
         let file = settings.file.as_deref().map(LogFile::start).transpose()?;
         let connected = stderr_is_journal();
-        let journal = if file.is_none() && (connected || background) { journal() } else { None };
+        let journal = if file.is_none() && (connected || background) { journald() } else { None };
         if background && file.is_none() && journal.is_none() {
             return Err(io::Error::other("the journal does not answer; name a --log-file"));
         }
@@ -63,7 +65,11 @@ impl Logging {
     /// Opens the log file anew, if there is one: the one that is open may have been moved away.
     pub(super) fn reopen(&self) {
         if let Some(Err(error)) = self.file.as_ref().map(LogFile::reopen) {
-            tracing::error!("logging goes on to the file that was open: {error}");
+            tracing::error!(
+                message_id = journal::LOG_NOT_REOPENED,
+                criu_reason = %error,
+                "logging goes on to the file that was open: {error}"
+            );
         }
     }
 
@@ -71,6 +77,19 @@ impl Logging {
     pub(super) fn is_on_stderr(&self) -> bool {
         self.on_stderr
     }
+}
+
+/// Logs why a daemon cannot start.
+pub(super) fn failed(error: &dyn Display) {
+    let message_id = journal::DAEMON_FAILED;
+    tracing::error!(message_id, criu_reason = %error, "cannot start: {error}");
+}
+
+/// The same before logging has started: in the journal, if stderr goes there. Returns whether it did.
+pub(super) fn tell_failure(error: &dyn Display) -> bool {
+    let Some(journal) = stderr_is_journal().then(journald).flatten() else { return false };
+    tracing::subscriber::with_default(Registry::default().with(journal), || failed(error));
+    true
 }
 
 /// The log file. What logs takes hold of the one that is current, hence the two `Arc`.
@@ -114,7 +133,9 @@ fn stderr_is_journal() -> bool {
     stat.is_ok_and(|stat| connected == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-fn journal() -> Option<tracing_journald::Layer> {
+/// Fields go to the journal under the names that they have in the code, in capitals: `criu_snapshot` is
+/// `CRIU_SNAPSHOT`, and `message_id` needs no more. The layer adds `SPAN_NAME`, `TARGET`, `CODE_FILE` and so on.
+fn journald() -> Option<tracing_journald::Layer> {
     let layer = tracing_journald::layer().ok()?.with_field_prefix(None);
     // The layer's own choice is a step louder: notice for info.
     Some(layer.with_priority_mappings(PriorityMappings {

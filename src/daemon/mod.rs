@@ -10,6 +10,7 @@ pub mod journal;
 pub mod local_peers;
 mod logging;
 mod notify;
+pub mod outages;
 pub mod page_server;
 mod pidfile;
 pub mod rate;

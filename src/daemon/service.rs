@@ -11,6 +11,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::cli::Common;
 use super::given::Given;
+use super::journal;
 use super::logging::Logging;
 use super::notify;
 use super::pidfile::PidFile;
@@ -74,14 +75,20 @@ pub(super) fn run<D: Daemon>(
     let local = LocalSet::new();
     runtime.block_on(local.run_until(async {
         let mut signals = Signals::listen()?;
+        let served = sockets.describe();
         let daemon = D::start(settings, sockets)?;
         // Who is told looks into the log.
-        tracing::info!("{} {} serves", D::NAME, env!("CARGO_PKG_VERSION"));
+        let (message_id, version) = (journal::DAEMON_STARTED, env!("CARGO_PKG_VERSION"));
+        tracing::info!(message_id, "{} {version} serves {served}", D::NAME);
         given.readiness.report()?;
         notify::ready(&daemon.status_line());
         let well = serve(&*daemon, options, logging, &mut signals).await;
+        let message_id = journal::DAEMON_STOPPING;
+        tracing::info!(message_id, "{} stops: {}", D::NAME, daemon.status_line());
         drain(&*daemon, &mut signals).await;
         daemon.farewell();
+        let message_id = journal::DAEMON_STOPPED;
+        tracing::info!(message_id, "{} has stopped: {}", D::NAME, daemon.status_line());
         Ok(well)
     }))
 }
@@ -155,9 +162,13 @@ fn reload<D: Daemon>(daemon: &D, options: &Common, logging: &Logging) {
         Ok(mut settings) => {
             logging.set_level(settings.shared().log.level);
             daemon.reload(settings);
-            tracing::info!("configuration reloaded");
+            tracing::info!(message_id = journal::CONFIG_RELOADED, "configuration reloaded");
         }
-        Err(error) => tracing::error!("configuration not reloaded, the old one stays: {error}"),
+        Err(error) => tracing::error!(
+            message_id = journal::CONFIG_REFUSED,
+            criu_reason = %error,
+            "configuration not reloaded, the old one stays: {error}"
+        ),
     }
     notify::ready(&daemon.status_line());
 }
@@ -170,7 +181,10 @@ async fn drain<D: Daemon>(daemon: &D, signals: &mut Signals) {
     while daemon.sessions() > 0 {
         notify::stopping(&format!("stopping: {}", daemon.status_line()), DRAIN_PATIENCE);
         tokio::select! {
-            () = signals.stop() => break,
+            () = signals.stop() => {
+                tell_cut(daemon, "the daemon was told to stop once more");
+                break;
+            }
             _ = tick.tick() => {
                 daemon.tick();
                 notify::watchdog();
@@ -179,9 +193,14 @@ async fn drain<D: Daemon>(daemon: &D, signals: &mut Signals) {
         if daemon.progress() != progress.0 {
             progress = (daemon.progress(), Instant::now());
         } else if progress.1.elapsed() > DRAIN_PATIENCE {
-            tracing::warn!("{} sessions made no progress and are ended", daemon.sessions());
+            tell_cut(daemon, &format!("they made no progress for {DRAIN_PATIENCE:?}"));
             break;
         }
     }
     notify::stopping("stopped", Duration::from_secs(5));
+}
+
+fn tell_cut(daemon: &impl Daemon, criu_reason: &str) {
+    let (message_id, sessions) = (journal::SESSIONS_CUT, daemon.sessions());
+    tracing::warn!(message_id, criu_reason, "{sessions} sessions are cut off: {criu_reason}");
 }

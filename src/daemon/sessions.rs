@@ -73,15 +73,25 @@ pub fn admit(socket: &UnixStream, allowed: &[u32]) -> Option<Peer> {
     let credentials = match socket.peer_cred() {
         Ok(credentials) => credentials,
         Err(error) => {
-            tracing::warn!(message_id, "a peer without credentials is refused: {error}");
+            tracing::warn!(
+                message_id,
+                criu_peer = "unknown",
+                criu_reason = %error,
+                "a peer without credentials is refused: {error}"
+            );
             return None;
         }
     };
     let peer = Peer { uid: credentials.uid(), pid: credentials.pid().unwrap_or(0) };
     let admitted = is_admitted(peer.uid, allowed);
     if !admitted {
-        let criu_peer = tracing::field::display(peer);
-        tracing::warn!(message_id, criu_peer, "{peer} is refused: its uid is not in allow-uids");
+        let criu_reason = "its uid is not in allow-uids";
+        tracing::warn!(
+            message_id,
+            criu_peer = %peer,
+            criu_reason,
+            "{peer} is refused: {criu_reason}"
+        );
     }
     admitted.then_some(peer)
 }

@@ -140,6 +140,35 @@ impl Sockets {
         Ok(sockets)
     }
 
+    /// What is served and where, for people.
+    pub fn describe(&self) -> String {
+        let unix = |socket: &UnixListener| {
+            let path = socket.local_addr().ok();
+            let path = path.as_ref().and_then(|address| address.as_pathname());
+            path.map_or_else(|| "a unix socket".to_owned(), |path| path.display().to_string())
+        };
+        let either = |socket: &Bound| match socket {
+            Bound::Unix(socket) => unix(socket),
+            Bound::Tcp(socket) => match socket.local_addr() {
+                Ok(address) => address.to_string(),
+                Err(error) => format!("a TCP socket ({error})"),
+            },
+        };
+        let on = |name: &str, places: Vec<String>| -> Vec<String> {
+            places.into_iter().map(|place| format!("{name} on {place}")).collect()
+        };
+        let connected = self.connected.iter().map(|link| format!("{LINK} to {}", link.peer()));
+        let all = [
+            on(STREAM, self.stream.iter().map(unix).collect()),
+            on(REMOTE, self.remote.iter().map(unix).collect()),
+            on(PAGES, self.pages.iter().map(either).collect()),
+            on(CONTROL, self.control.iter().map(unix).collect()),
+            on(LINK, self.link.iter().map(either).collect()),
+            connected.collect(),
+        ];
+        all.concat().join(", ")
+    }
+
     fn inherit(&mut self, wanted: Wanted<'_>, names: Vec<String>) -> Result<(), SocketError> {
         let mut descriptors = ListenFd::from_env();
         for (index, name) in names.into_iter().enumerate() {

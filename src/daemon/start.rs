@@ -8,7 +8,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use super::background;
 use super::cli::{Common, EXIT_CONFIG, EXIT_USAGE};
 use super::given::{BadDescriptor, Given};
-use super::logging::Logging;
+use super::logging::{self, Logging};
 use super::service::{self, Daemon, load};
 use crate::config::{ConfigError, Settings};
 
@@ -40,7 +40,9 @@ pub fn main<D: Daemon>(options: &Common) -> ExitCode {
     match begin::<D>(options) {
         Ok(status) => status,
         Err(failure) => {
-            eprintln!("{}: {failure}", D::NAME);
+            if !logging::tell_failure(&failure) {
+                eprintln!("{}: {failure}", D::NAME);
+            }
             ExitCode::from(failure.status())
         }
     }
@@ -75,7 +77,7 @@ fn begin<D: Daemon>(options: &Common) -> Result<ExitCode, Failure> {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Ok(ExitCode::FAILURE),
         Err(error) => {
-            tracing::error!("{error}");
+            logging::failed(&*error);
             if !logging.is_on_stderr() {
                 eprintln!("{}: {error}", D::NAME);
             }

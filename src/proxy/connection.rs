@@ -31,6 +31,31 @@ struct Waiting {
     images: HashMap<(u32, u32), mpsc::UnboundedSender<Told>>,
 }
 
+/// How a connection ended.
+#[derive(Debug)]
+pub(super) struct Over {
+    /// Why.
+    pub(super) why: String,
+    /// Whether the cache broke the protocol.
+    pub(super) fault: bool,
+}
+
+impl Over {
+    pub(super) fn ended(why: impl Into<String>) -> Over {
+        Over { why: why.into(), fault: false }
+    }
+
+    fn fault(why: impl Into<String>) -> Over {
+        Over { why: why.into(), fault: true }
+    }
+}
+
+impl From<LaneError> for Over {
+    fn from(error: LaneError) -> Over {
+        Over { why: error.to_string(), fault: error.is_fault() }
+    }
+}
+
 /// A link that is up. Snapshots share it.
 #[derive(Debug)]
 pub struct Connection {
@@ -48,15 +73,15 @@ impl Connection {
         reader: Reader,
         writer: Writer,
         settings: &LinkSettings,
-    ) -> (Rc<Connection>, impl Future<Output = String> + 'static) {
+    ) -> (Rc<Connection>, impl Future<Output = Over> + 'static) {
         let (connection, queue) = Connection::new(QUEUE);
         let (owe, owed) = mpsc::channel(REGIONS_MAX);
         let shared = connection.clone();
         let settings = settings.clone();
         let over = async move {
             tokio::select! {
-                why = receive(reader, &shared, owe) => why,
-                why = send(writer, queue, owed, &settings) => why,
+                over = receive(reader, &shared, owe) => over,
+                over = send(writer, queue, owed, &settings) => over,
             }
         };
         (connection, over)
@@ -210,7 +235,7 @@ impl Connection {
         let _ = self.commands.try_send(command);
     }
 
-    fn hear(&self, said: Said) -> Result<(), String> {
+    fn hear(&self, said: Said) -> Result<(), Over> {
         let mut waiting = self.waiting.borrow_mut();
         match said {
             Said::Nothing | Said::Region(_) | Said::Request { .. } => {}
@@ -242,7 +267,9 @@ impl Connection {
                 drop(waiting);
                 self.settle(snapshot, Fate::Lost(format!("the cache gave it up: {reason}")));
             }
-            Said::Goodbye(reason) => return Err(format!("the cache ended it: {reason}")),
+            Said::Goodbye(reason) => {
+                return Err(Over::ended(format!("the cache ended it: {reason}")));
+            }
         }
         Ok(())
     }
@@ -259,10 +286,10 @@ fn settle(fate: &watch::Sender<Fate>, outcome: Fate) {
 }
 
 /// The receiving task. Returns why the connection is over.
-async fn receive(mut reader: Reader, connection: &Connection, owe: mpsc::Sender<u32>) -> String {
+async fn receive(mut reader: Reader, connection: &Connection, owe: mpsc::Sender<u32>) -> Over {
     loop {
-        if let Err(why) = receive_one(&mut reader, connection, &owe).await {
-            return why;
+        if let Err(over) = receive_one(&mut reader, connection, &owe).await {
+            return over;
         }
     }
 }
@@ -271,18 +298,19 @@ async fn receive_one(
     reader: &mut Reader,
     connection: &Connection,
     owe: &mpsc::Sender<u32>,
-) -> Result<(), String> {
-    let text = |error: LaneError| error.to_string();
-    let (message, len) = reader.receive().await.map_err(text)?;
-    match said(message).map_err(|error| format!("the cache broke the protocol: {error}"))? {
+) -> Result<(), Over> {
+    let (message, len) = reader.receive().await?;
+    let said =
+        said(message).map_err(|bad| Over::fault(format!("the cache broke the protocol: {bad}")))?;
+    match said {
         Said::Region(region) => {
-            let bytes = reader.payload_to_memory(len).await.map_err(text)?;
+            let bytes = reader.payload_to_memory(len).await?;
             connection.regions.deliver(region, bytes);
             Ok(())
         }
-        Said::Request { request } => owe
-            .try_send(request)
-            .map_err(|_| format!("the cache waits for more than {REGIONS_MAX} regions at once")),
+        Said::Request { request } => owe.try_send(request).map_err(|_| {
+            Over::fault(format!("the cache waits for more than {REGIONS_MAX} regions at once"))
+        }),
         said => connection.hear(said),
     }
 }

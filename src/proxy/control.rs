@@ -15,6 +15,7 @@ use crate::control::{Backend, Open, OpenPages, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
+use crate::daemon::sessions::Peer;
 use crate::timeline::Phase;
 
 /// What answers the control socket.
@@ -57,7 +58,7 @@ impl Backend for Control {
         self.0.records.find(id).map(|record| record.timeline())
     }
 
-    fn drop_snapshot(&self, id: &str) -> Result<(), Refusal> {
+    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
         let record = self.0.records.find(id).ok_or(Refusal::NoSuchSnapshot)?;
         record.stop("it was dropped by the operator");
         self.0.records.remove(&record);
@@ -73,7 +74,7 @@ impl Backend for Control {
         tracing::info!(
             message_id = journal::SNAPSHOT_DROPPED,
             criu_snapshot = id,
-            "snapshot {id} dropped by the operator"
+            "snapshot {id} dropped by the operator, {peer}"
         );
         Ok(())
     }

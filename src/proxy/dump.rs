@@ -60,7 +60,7 @@ pub(super) fn fresh_id(host: &str, peer: impl Display) -> String {
 /// only, and towards the source: CRIU's pipes are closed, its dump fails, the process runs on.
 pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target) -> bool {
     let _session = proxy.sessions.enter();
-    let span = tracing::info_span!("dump", criu_snapshot = target.id, criu_peer = %peer);
+    let span = tracing::error_span!("dump", criu_peer = %peer);
     async {
         let settings = proxy.settings();
         let mut requests = Requests::read_from(socket, &settings.sessions);
@@ -76,7 +76,7 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
             _ = stopped => None,
         };
         let Some(first) = first else {
-            tracing::debug!("{peer} made no request");
+            tracing::debug!(criu_snapshot = target.id, "{peer} made no request");
             return false;
         };
         let Some(record) = target
@@ -84,7 +84,14 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
             .clone()
             .or_else(|| proxy.records.add(&target.id, &target.cache, SnapshotState::Receiving))
         else {
-            tracing::warn!("a snapshot {} is being sent already", target.id);
+            let (message_id, id) = (journal::SNAPSHOT_REFUSED, target.id.as_str());
+            let criu_reason = "one of that id is being sent already";
+            tracing::warn!(
+                message_id,
+                criu_snapshot = id,
+                criu_reason,
+                "snapshot {id} is refused: {criu_reason}"
+            );
             return false;
         };
         record.begin();
@@ -113,6 +120,7 @@ pub(super) fn tell(record: &Record, failure: Option<&Failure>, started: Instant)
     match failure {
         None => tracing::info!(
             message_id = journal::SNAPSHOT_SENT,
+            criu_snapshot = info.id,
             criu_bytes,
             criu_images,
             criu_seconds,
@@ -122,7 +130,9 @@ pub(super) fn tell(record: &Record, failure: Option<&Failure>, started: Instant)
         ),
         Some(failure) => tracing::warn!(
             message_id = journal::SNAPSHOT_DAMAGED,
+            criu_snapshot = info.id,
             criu_image = failure.image(),
+            criu_reason = %failure,
             criu_bytes,
             criu_images,
             criu_seconds,

@@ -65,10 +65,6 @@ impl page_server::Pages for Pages<'_> {
     fn snapshot(&self) -> Option<&str> {
         Some(&self.target.id)
     }
-
-    fn is_fault(not_given: &NotGiven) -> bool {
-        matches!(not_given, NotGiven::NotThere(_))
-    }
 }
 
 impl Pages<'_> {

@@ -3,7 +3,6 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
-use std::fmt::Display;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,12 +11,12 @@ use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tracing::field::display;
+use tracing::Span;
 
 use crate::config::ProxySettings;
 use crate::control::model::LinkStatus;
 use crate::daemon::given::GivenLink;
-use crate::daemon::journal;
+use crate::daemon::outages::Outages;
 use crate::daemon::sessions::Sessions;
 use crate::sys::connected::{Peer, Stream};
 use crate::wire::lane::{Reader, Writer};
@@ -45,7 +44,10 @@ pub struct Links {
 #[derive(Debug)]
 struct Link {
     destination: String,
+    /// What is told of it is told in here, and not in the span of whoever has it made: that has another peer.
+    span: Span,
     state: RefCell<State>,
+    outages: Outages,
     /// Held by the one who connects; others wait for the outcome.
     connecting: Mutex<()>,
 }
@@ -85,15 +87,15 @@ impl Links {
             let only_one = link.connecting.lock().await;
             let well = match greet(stream, &links.name, &settings).await {
                 Ok((reader, writer, cache)) => {
-                    tell_up(peer, &cache);
+                    link.tell_up(&cache);
                     let (_, over) = link.up(reader, writer, &settings);
                     drop(only_one);
                     over.await.is_ok_and(|lost| lost == 0)
                 }
                 Err(error) => {
                     link.down(&error.to_string());
-                    let (message_id, criu_peer) = (journal::LINK_LOST, link.destination.as_str());
-                    tracing::warn!(message_id, criu_peer, "no link to {criu_peer}: {error}");
+                    let missing = format!("no link to {}", link.destination);
+                    link.span.in_scope(|| link.outages.tell_missing(&missing, &error.to_string()));
                     // A peer that has nothing to say may leave.
                     error.is_end() && links.waiting.live() == 0
                 }
@@ -150,7 +152,7 @@ impl Links {
             let limit = settings.link.connect_timeout.min(deadline - Instant::now());
             let why = match attempt(destination, &self.name, settings, limit).await {
                 Ok((reader, writer, cache)) => {
-                    tell_up(destination, &cache);
+                    link.tell_up(&cache);
                     return Ok(link.up(reader, writer, settings).0);
                 }
                 Err(why) => why,
@@ -158,11 +160,8 @@ impl Links {
             link.down(&why);
             if Instant::now() + pause >= deadline {
                 let waited = settings.link.give_up_after;
-                tracing::warn!(
-                    message_id = journal::LINK_LOST,
-                    criu_peer = destination,
-                    "no link to {destination}, given up after {waited:?}: {why}"
-                );
+                let missing = format!("no link to {destination}, given up after {waited:?}");
+                link.span.in_scope(|| link.outages.tell_missing(&missing, &why));
                 return Err(no_link(destination, settings, &why));
             }
             tracing::debug!("no link to {destination}, trying again in {pause:?}: {why}");
@@ -195,7 +194,9 @@ impl Links {
         let new = || {
             Rc::new(Link {
                 destination: destination.to_owned(),
+                span: tracing::error_span!(parent: None, "link", criu_peer = destination),
                 state: RefCell::new(State::Down { why: "nothing to send yet".to_owned() }),
+                outages: Outages::default(),
                 connecting: Mutex::new(()),
             })
         };
@@ -236,34 +237,26 @@ impl Link {
         *self.state.borrow_mut() = State::Up(connection.clone());
         let (link, shared) = (self.clone(), connection.clone());
         let task = tokio::task::spawn_local(async move {
-            let why = over.await;
-            link.down(&why);
-            let lost = shared.close(&format!("the link to {} broke: {why}", link.destination));
-            let (message_id, criu_peer) = (journal::LINK_LOST, link.destination.as_str());
-            if lost > 0 {
-                tracing::warn!(
-                    message_id,
-                    criu_peer,
-                    "link to {criu_peer} lost with {lost} snapshots under way: {why}"
-                );
-            } else {
-                tracing::info!(message_id, criu_peer, "idle link to {criu_peer} ended: {why}");
-            }
+            let over = over.await;
+            link.down(&over.why);
+            let lost =
+                shared.close(&format!("the link to {} broke: {}", link.destination, over.why));
+            let told = format!("link to {}", link.destination);
+            link.span.in_scope(|| link.outages.tell_over(&told, &over.why, over.fault, lost));
             lost
         });
         (connection, task)
+    }
+
+    fn tell_up(&self, cache: &str) {
+        let link = format!("link to {} ({cache})", self.destination);
+        self.span.in_scope(|| self.outages.tell_up(&link));
     }
 }
 
 fn no_link(destination: &str, settings: &ProxySettings, why: &str) -> String {
     let waited = settings.link.give_up_after;
     format!("no link to the cache {destination} within {waited:?}: {why}")
-}
-
-fn tell_up(destination: impl Display, cache: &str) {
-    let message_id = journal::LINK_UP;
-    let criu_peer = display(&destination);
-    tracing::info!(message_id, criu_peer, "link to {destination} ({cache}) is up");
 }
 
 fn plaintext(destination: &str) -> String {

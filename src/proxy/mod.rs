@@ -40,7 +40,7 @@ use crate::daemon::accept::{Listeners, permits};
 use crate::daemon::handed_over::into_tokio;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
-use crate::daemon::{Daemon, Sockets, Wanted};
+use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::sys::clock::{host_name, now_ms};
 
 use dump::Target;
@@ -185,6 +185,19 @@ impl Daemon for Proxy {
     }
 
     fn farewell(&self) {
-        self.records.abandon("the proxy was stopped");
+        let criu_reason = "the proxy was stopped";
+        self.records.abandon(criu_reason);
+        // Who works on them does not come to say it.
+        for record in self.records.under_way() {
+            let (id, dump) = (record.info().id, record.is_dumping());
+            let message_id = if dump { journal::SNAPSHOT_DAMAGED } else { journal::ROUND_FAILED };
+            let what = if dump { "" } else { "a round of " };
+            tracing::warn!(
+                message_id,
+                criu_snapshot = id,
+                criu_reason,
+                "{what}snapshot {id} is given up: {criu_reason}"
+            );
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{interval, timeout};
 
+use super::connection::Over;
 use super::regions;
 use super::upload::Chunk;
 use crate::config::LinkSettings;
@@ -86,7 +87,7 @@ pub(super) async fn send(
     mut queue: mpsc::Receiver<Command>,
     mut owed: mpsc::Receiver<u32>,
     settings: &LinkSettings,
-) -> String {
+) -> Over {
     let mut sender = Sender::default();
     let mut pulse = interval(settings.keep_alive);
     let max_chunk = usize::try_from(settings.max_chunk).unwrap_or(usize::MAX);
@@ -94,7 +95,7 @@ pub(super) async fn send(
         let command = tokio::select! {
             command = queue.recv() => match command {
                 Some(command) => command,
-                None => return "nobody uses it any more".to_owned(),
+                None => return Over::ended("nobody uses it any more"),
             },
             Some(request) = owed.recv() => Command::Say(regions::answer(request)),
             _ = pulse.tick() => Command::Say(Message::KeepAlive(KeepAlive {})),
@@ -103,8 +104,11 @@ pub(super) async fn send(
         // A cache that waits for its quota reads nothing for a while; one that never reads again
         // must not hold CRIU's process frozen.
         match timeout(settings.ack_timeout, sent).await {
-            Err(_) => return format!("the cache has read nothing for {:?}", settings.ack_timeout),
-            Ok(Err(error)) => return error.to_string(),
+            Err(_) => {
+                let limit = settings.ack_timeout;
+                return Over::ended(format!("the cache has read nothing for {limit:?}"));
+            }
+            Ok(Err(error)) => return Over::ended(error.to_string()),
             Ok(Ok(())) => {}
         }
     }

@@ -74,8 +74,13 @@ async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
     match admit_stream(&stream, &settings.allow_uids, settings.insecure) {
         Ok(()) => serve(proxy, stream, target).await,
         Err(why) => {
-            let message_id = journal::PEER_REFUSED;
-            tracing::warn!(message_id, "pages from {peer} are refused: {why}");
+            tracing::warn!(
+                message_id = journal::PEER_REFUSED,
+                criu_peer = %peer,
+                criu_snapshot = target.id,
+                criu_reason = %why,
+                "pages from {peer} are refused: {why}"
+            );
         }
     }
 }
@@ -85,7 +90,7 @@ async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
 pub(super) async fn serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
     let _session = proxy.sessions.enter();
     let peer = stream.peer();
-    let span = tracing::info_span!("pages", criu_snapshot = target.id, criu_peer = %peer);
+    let span = tracing::error_span!("pages", criu_peer = %peer);
     async {
         let settings = proxy.settings();
         let criu = page_server::Client::new(stream);
@@ -154,7 +159,12 @@ impl Client<'_> {
             Ok(Some(first)) => return self.round(first).await,
             Err(failure) => failure,
         };
-        tracing::warn!(message_id = journal::PEER_REFUSED, "the session ended: {refused}");
+        tracing::warn!(
+            message_id = journal::PROTOCOL_ERROR,
+            criu_snapshot = self.target.id,
+            criu_reason = %refused,
+            "the session ended: {refused}"
+        );
         false
     }
 
@@ -309,13 +319,16 @@ impl Client<'_> {
         match failure {
             None => tracing::info!(
                 message_id = journal::ROUND_HELD,
+                criu_snapshot = id,
                 criu_bytes,
                 criu_seconds,
                 "a round of snapshot {id} sent to {cache}: {criu_bytes} bytes of pages, \
                  {criu_seconds:.2} s"
             ),
             Some(failure) => tracing::warn!(
-                message_id = journal::SNAPSHOT_DAMAGED,
+                message_id = journal::ROUND_FAILED,
+                criu_snapshot = id,
+                criu_reason = %failure,
                 criu_bytes,
                 criu_seconds,
                 "a round of snapshot {id} failed after {criu_bytes} bytes of pages: {failure}"

@@ -144,6 +144,13 @@ impl Records {
         self.by_age.borrow().values().for_each(|record| record.stop(reason));
     }
 
+    /// Those that are being sent, or a round of which is.
+    pub fn under_way(&self) -> Vec<Rc<Record>> {
+        let records = self.by_age.borrow();
+        let sent = |record: &&Rc<Record>| record.state() == SnapshotState::Receiving;
+        records.values().filter(sent).cloned().collect()
+    }
+
     /// How many snapshots there are in each state.
     pub fn counts(&self) -> StateCounts {
         let mut counts = StateCounts::default();
@@ -204,6 +211,11 @@ impl Record {
     /// When what happened.
     pub fn timeline(&self) -> Vec<Phase> {
         self.timeline.borrow().phases().to_vec()
+    }
+
+    /// Whether images of it are coming, and not only pages.
+    pub fn is_dumping(&self) -> bool {
+        self.dumping.get()
     }
 
     /// A round of its pages has come. Returns the state that it was in.

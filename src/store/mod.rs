@@ -449,8 +449,8 @@ impl Store {
     }
 
     /// Forgets what has been kept long enough; returns the ids of snapshots among it, of what was taken and of
-    /// what was damaged, alike.
-    pub fn expire(&self, now: Instant) -> Vec<String> {
+    /// what was damaged, each with the reason.
+    pub fn expire(&self, now: Instant) -> Vec<(String, &'static str)> {
         let (keep, keep_damaged) = {
             let settings = self.settings.borrow();
             (settings.keep, settings.keep_damaged)
@@ -467,12 +467,16 @@ impl Store {
                 _ => true,
             };
             if !keeps {
-                expired.push(snapshot.id.clone());
+                let why = match snapshot.state {
+                    State::Damaged { .. } => "it is damaged, and store.keep-damaged is over",
+                    _ => "it was taken, and store.keep is over",
+                };
+                expired.push((snapshot.id.clone(), why));
             }
             snapshot.forget_unused(now);
             keeps
         });
-        for id in &expired {
+        for (id, _) in &expired {
             self.lists.borrow_mut().forget(id);
         }
         if !expired.is_empty() {

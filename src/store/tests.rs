@@ -166,7 +166,8 @@ async fn what_was_taken_or_damaged_expires_as_configured() {
     assert!(store.expire(later(1_000_000)).is_empty(), "what nobody took stays");
     store.claim_oldest().unwrap().taken();
     assert!(store.expire(later(9 * 60)).is_empty());
-    assert_eq!(store.expire(later(11 * 60)), ["web"]);
+    let taken = ("web".to_owned(), "it was taken, and store.keep is over");
+    assert_eq!(store.expire(later(11 * 60)), std::slice::from_ref(&taken));
     assert_eq!(store.quota().used(), 0);
 
     store.configure(StoreSettings { keep: Keep::Taken, ..store.settings() });
@@ -175,12 +176,13 @@ async fn what_was_taken_or_damaged_expires_as_configured() {
     claim.taken();
     assert!(store.expire(later(2)).is_empty(), "not while the restore reads");
     drop(claim);
-    assert_eq!(store.expire(later(2)), ["web"]);
+    assert_eq!(store.expire(later(2)), [taken]);
 
     let key = store.begin("db", &from("a")).unwrap();
     store.fail(key, "torn");
     assert!(store.expire(later(10)).is_empty());
-    assert_eq!(store.expire(later(3601)), ["db"]);
+    let damaged = ("db".to_owned(), "it is damaged, and store.keep-damaged is over");
+    assert_eq!(store.expire(later(3601)), [damaged]);
 }
 
 #[tokio::test]

@@ -48,6 +48,11 @@ pub enum LaneError {
 }
 
 impl LaneError {
+    /// Whether the peer is to blame: what came is not the protocol.
+    pub fn is_fault(&self) -> bool {
+        matches!(self, LaneError::Frame(_) | LaneError::Message(_))
+    }
+
     /// Whether the peer has simply gone. One that goes with bytes unread leaves a reset behind.
     pub fn is_end(&self) -> bool {
         match self {

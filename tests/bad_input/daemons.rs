@@ -19,6 +19,11 @@ use criu_image_relay::control::{Client, ClientError, Reading};
 use criu_image_relay::daemon::CONTROL_SOCKET;
 use tempfile::TempDir;
 
+#[path = "../messages/log.rs"]
+mod log;
+#[path = "../messages/mod.rs"]
+mod messages;
+
 /// What has to happen at once has happened by then, also on a machine that is busy.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
@@ -154,11 +159,18 @@ impl Daemon {
         }
     }
 
-    /// Stops it as systemd does, and waits until it has.
-    pub(crate) fn stop(mut self) {
+    /// Stops it as systemd does, and waits until it has. Gives all that it has logged.
+    pub(crate) fn stop(mut self) -> String {
+        self.terminate();
+        assert!(self.child.wait().unwrap().success(), "{}", self.log.text());
+        self.log.wait(|line| line.ends_with("log ends)"));
+        self.log.text()
+    }
+
+    /// Tells it to stop.
+    pub(crate) fn terminate(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        assert!(self.child.wait().unwrap().success(), "{}", self.log.text());
     }
 
     /// The directory of its sockets.
@@ -352,6 +364,9 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if !std::thread::panicking() {
+            log::check(&self.log.0.0.lock().unwrap());
+        }
     }
 }
 

@@ -43,3 +43,4 @@ mod requests_at_proxy;
 mod rounds_at_cache;
 mod serve;
 mod serve_waits;
+mod told;

@@ -86,3 +86,22 @@ fn sighup_opens_the_log_anew_and_keeps_the_options() {
         fs::remove_file(&log).unwrap();
     }
 }
+
+#[test]
+fn a_log_that_cannot_be_opened_anew_is_told_in_the_one_that_is_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, log) = (dir.path(), dir.path().join("log"));
+    fs::write(path.join("config.toml"), "pages.listen = \"\"\n").unwrap();
+    let daemon = start(Way::Daemon, &mut command(CACHE, path), path).unwrap();
+    fs::rename(&log, path.join("log.1")).unwrap();
+    fs::create_dir(&log).unwrap();
+    daemon.signal(Signal::HUP);
+    let id = criu_image_relay::daemon::journal::LOG_NOT_REOPENED;
+    let told = || {
+        let log = fs::read_to_string(path.join("log.1")).unwrap();
+        log.lines().any(|line| line.contains("ERROR logging goes on") && line.contains(id))
+    };
+    assert!(eventually(told));
+    daemon.signal(Signal::TERM);
+    assert!(eventually(|| !path.join("pid").exists()));
+}

@@ -36,9 +36,6 @@ pub trait Pages {
 
     /// The id of the snapshot that they are of, once it is known.
     fn snapshot(&self) -> Option<&str>;
-
-    /// Whether the client is to blame for it.
-    fn is_fault(not_given: &Self::NotGiven) -> bool;
 }
 
 /// What a client asks for.
@@ -155,29 +152,49 @@ pub async fn serve<P: Pages>(
     }
 }
 
+impl<E> Failure<E> {
+    /// Whether the client broke the protocol.
+    fn is_fault(&self) -> bool {
+        match self {
+            Failure::Get(_) => true,
+            Failure::Client(bad) => bad.is_fault(),
+            Failure::NotGiven(_) => false,
+        }
+    }
+}
+
 /// The line that the journal gets for a session.
 pub fn tell<P: Pages>(
     pages: &P,
     peer: Peer,
     criu_bytes: u64,
     failure: Option<&Failure<P::NotGiven>>,
-) {
-    let of = pages.snapshot().map(|id| format!(" of snapshot {id}")).unwrap_or_default();
-    match failure {
-        None if criu_bytes == 0 => tracing::debug!("{peer} asked for no pages{of}"),
-        None => tracing::info!(
-            criu_bytes,
-            "pages{of} were asked for by {peer}, and {criu_bytes} bytes sent"
-        ),
-        Some(Failure::NotGiven(why)) if !P::is_fault(why) => {
-            tracing::warn!("a client for pages{of}, {peer}, was left without: {why}");
+) where
+    Failure<P::NotGiven>: Display,
+{
+    let criu_snapshot = pages.snapshot();
+    let of = criu_snapshot.map(|id| format!(" of snapshot {id}")).unwrap_or_default();
+    let failure = match failure {
+        None if criu_bytes == 0 => {
+            tracing::debug!(criu_snapshot, "{peer} asked for no pages{of}");
+            return;
         }
-        Some(failure) => {
-            let message_id = journal::PEER_REFUSED;
-            tracing::warn!(
-                message_id,
-                "the session of a client for pages{of}, {peer}, ended: {failure}"
+        None => {
+            tracing::info!(
+                message_id = journal::PAGES_SERVED,
+                criu_snapshot,
+                criu_bytes,
+                "pages{of} were asked for by {peer}, and {criu_bytes} bytes sent"
             );
+            return;
         }
-    }
+        Some(failure) => failure,
+    };
+    let (message_id, what) = if failure.is_fault() {
+        (journal::PROTOCOL_ERROR, format!("the session of a client for pages{of}, {peer}, ended"))
+    } else {
+        let what = format!("a client for pages{of}, {peer}, was left without");
+        (journal::RESTORE_FAILED, what)
+    };
+    tracing::warn!(message_id, criu_snapshot, criu_reason = %failure, "{what}: {failure}");
 }

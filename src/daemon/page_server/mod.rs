@@ -47,6 +47,16 @@ pub enum BadClient {
     Connection(io::Error),
 }
 
+impl BadClient {
+    /// Whether it broke the protocol.
+    fn is_fault(&self) -> bool {
+        match self {
+            BadClient::Command(_) | BadClient::Torn | BadClient::Late(_) => true,
+            BadClient::Silent(_) | BadClient::Deaf(_) | BadClient::Connection(_) => false,
+        }
+    }
+}
+
 impl Client {
     /// A client that has said nothing yet.
     pub fn new(stream: Stream) -> Client {

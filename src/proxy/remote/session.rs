@@ -39,7 +39,7 @@ pub(in crate::proxy) fn serve(
     let admitted = proxy.admit(&socket).map(|peer| Session::begin(proxy.clone(), socket, peer));
     async move {
         if let Some((session, first)) = admitted {
-            let span = tracing::info_span!("remote", criu_peer = %session.peer);
+            let span = tracing::error_span!("remote", criu_peer = %session.peer);
             session.run(first).instrument(span).await;
         }
     }
@@ -267,8 +267,11 @@ fn tell(peer: Peer, ended: &Ended) {
             tracing::info!("a client, {peer}, was refused: {ended}");
         }
         _ => {
-            let message_id = journal::PEER_REFUSED;
-            tracing::warn!(message_id, "the session of a client, {peer}, ended: {ended}");
+            tracing::warn!(
+                message_id = journal::PROTOCOL_ERROR,
+                criu_reason = %ended,
+                "the session of a client, {peer}, ended: {ended}"
+            );
         }
     }
 }
