@@ -170,6 +170,67 @@ fn every_field_stands_in_the_page_of_operations() {
     }
 }
 
+/// The entries of the catalog: an id, the lines of its head, its text.
+fn catalog() -> Vec<(String, Vec<String>, String)> {
+    let text = read("systemd/catalog/criu-image-relay.catalog");
+    let entries = text.split("\n\n-- ").skip(1);
+    let entry = |entry: &str| {
+        let (head, text) = entry.trim_end().split_once("\n\n").unwrap();
+        let mut head = head.lines().map(str::to_owned);
+        (head.next().unwrap(), head.collect(), text.to_owned())
+    };
+    entries.map(entry).collect()
+}
+
+/// The names between two @.
+fn variables(text: &str) -> impl Iterator<Item = &str> {
+    let name = |word: &&str| {
+        !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_')
+    };
+    text.split('@').skip(1).filter(name)
+}
+
+#[test]
+fn every_message_id_is_in_the_catalog_and_no_other() {
+    let ids: Vec<_> = catalog().into_iter().map(|(id, ..)| id).collect();
+    assert_eq!(ids.iter().cloned().collect::<BTreeSet<_>>().len(), ids.len(), "each once");
+    assert_eq!(ids.into_iter().collect::<BTreeSet<_>>(), message_ids().into_keys().collect());
+}
+
+#[test]
+fn every_entry_of_the_catalog_says_what_it_means_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let ctl = env!("CARGO_BIN_EXE_criu-imagectl");
+    let generate = Command::new(ctl).args(["generate", "man"]).arg(dir.path()).status().unwrap();
+    assert!(generate.success());
+    let events: BTreeMap<_, _> =
+        messages::events().into_iter().map(|event| (event.id.clone(), event)).collect();
+    for (id, head, text) in catalog() {
+        let event = &events[&id];
+        let heads = head.iter().map(|line| line.split_once(": ").unwrap());
+        let (names, values): (Vec<_>, Vec<_>) = heads.unzip();
+        assert_eq!(names, ["Subject", "Defined-By", "Support", "Documentation"], "{event:?}");
+        let (page, chapter) = values[3].strip_prefix("man:").unwrap().split_once('(').unwrap();
+        for daemon in ["criu-image-proxy", "criu-image-cache"] {
+            let page = page.replace("@SYSLOG_IDENTIFIER@", daemon);
+            let page = format!("{page}.{}", chapter.trim_end_matches(')'));
+            let there = dir.path().join(&page).exists() || page == "systemd.exec.5";
+            assert!(there, "{event:?}: {page}");
+        }
+        assert!(text.contains("\n\nNext: "), "{event:?}");
+        for name in variables(&format!("{}\n{text}", head.join("\n"))) {
+            let there = event.fields.contains(name) || name == "SYSLOG_IDENTIFIER";
+            assert!(there, "{event:?} need not have {name}");
+        }
+        for line in text.lines() {
+            assert!(!line.starts_with(['#', ';']), "that is a comment: {line}");
+            assert!(line.len() < 80, "{line}");
+            let command = line.starts_with("    ");
+            assert!(!command || !line.contains("@CRIU_"), "a peer chooses it: {line}");
+        }
+    }
+}
+
 #[test]
 fn every_key_that_the_pages_name_with_its_table_exists() {
     let mut keys = BTreeSet::new();

@@ -1,5 +1,6 @@
 //! The events that an operator acts on, by `MESSAGE_ID` (journald's `sd_journal_send(3)`,
-//! `journalctl MESSAGE_ID=…`). An id never changes its meaning.
+//! `journalctl MESSAGE_ID=…`). An id never changes its meaning. What each means and what to do next stands in
+//! `systemd/catalog/criu-image-relay.catalog`, which `journalctl -x` shows.
 //!
 //! The fields that go with them stand in `docs/operations.md`. In the code they are `criu_snapshot`,
 //! `criu_peer` and so on. A field is in the event or in its span, never in both: journald would keep it twice. So

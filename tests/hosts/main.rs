@@ -11,12 +11,16 @@
 
 mod bed;
 mod handbook;
+// What is not asked for here, other targets have.
+#[path = "../messages/mod.rs"]
+mod messages;
 
 mod confinement;
 mod directories;
 mod drop_ins;
 mod failures;
 mod instances;
+mod journal;
 mod limits;
 mod migration;
 mod one_command;
