@@ -60,6 +60,16 @@ pub(super) struct Daemon {
     pub(super) socket: Option<PathBuf>,
 }
 
+impl Daemon {
+    /// Whether the options name one daemon at most. clap only compares those that stand on the same side of the
+    /// command.
+    pub(super) fn is_consistent(&self) -> bool {
+        let ways = [self.proxy, self.cache, self.socket.is_some()];
+        let named = ways.iter().filter(|way| **way).count();
+        named <= 1 && !(self.socket.is_some() && self.instance.is_some())
+    }
+}
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -384,9 +394,21 @@ mod tests {
     #[test]
     fn only_one_daemon_can_be_named() {
         assert!(Cli::try_parse_from(["criu-imagectl", "--proxy", "--cache", "list"]).is_err());
-        let instance = ["criu-imagectl", "--instance", "b", "list"];
-        assert!(Cli::try_parse_from([&instance[..], &["--socket", "/s"]].concat()).is_err());
-        assert!(Cli::try_parse_from([&instance[..], &["--cache"]].concat()).is_ok());
+        let one_is_named = |before: &[&str], after: &[&str]| {
+            let cli = Cli::try_parse_from([&["criu-imagectl"], before, &["list"], after].concat());
+            cli.is_ok_and(|cli| cli.daemon.is_consistent())
+        };
+        let instance: &[&str] = &["--instance", "b"];
+        assert!(one_is_named(instance, &["--cache"]));
+        assert!(one_is_named(&["--proxy", "--instance", "b"], &[]));
+        for (before, after) in [
+            (instance, &["--socket", "/s"][..]),
+            (&[], &["--socket", "/s", "--instance", "b"]),
+            (&["--proxy"], &["--cache"]),
+            (&["--cache"], &["--socket", "/s"]),
+        ] {
+            assert!(!one_is_named(before, after), "{before:?} {after:?}");
+        }
         assert!(Cli::try_parse_from(["criu-imagectl", "list", "--cache"]).is_ok());
     }
 }

@@ -68,6 +68,11 @@ async fn asked() -> Result<(), Failure> {
 async fn run(cli: Cli) -> Result<(), Failure> {
     let output = Output { json: cli.json };
     let daemon = cli.daemon;
+    if !daemon.is_consistent() {
+        return Err(Failure::usage("more than one daemon is named").cure(
+            "at most one of --proxy, --cache and --socket; --instance goes with the first two",
+        ));
+    }
     match cli.command {
         Command::Status => look::status(&daemon, output).await,
         Command::List => look::list(&daemon, output).await,

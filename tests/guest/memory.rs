@@ -37,9 +37,8 @@ fn put(id: &str, mib: u64) {
 #[test]
 fn what_the_cache_holds_is_charged_to_its_unit_and_a_limit_of_that_kills() {
     guest().ok("/usr/lib/criu-image-relay-guest/host up");
-    ok(
-        "systemctl start criu-image-cache-{stream,remote,control,link}.socket criu-image-proxy-{stream,remote,control}.socket",
-    );
+    ok("systemctl start criu-image-cache-{stream,remote,control,link}.socket \
+        criu-image-proxy-{stream,remote,control}.socket");
     put("small", 1);
     let (before, proxy_before) = (charged("criu-image-cache"), charged("criu-image-proxy"));
     put("large", 48);
@@ -81,14 +80,14 @@ fn what_the_cache_holds_is_charged_to_its_unit_and_a_limit_of_that_kills() {
     let list: Value = serde_json::from_str(&ok("criu-imagectl --json --cache list")).unwrap();
     assert_eq!(list.as_array().unwrap().len(), 0, "what was whole is lost, too: {list}");
     let list: Value = serde_json::from_str(&ok("criu-imagectl --json --proxy list")).unwrap();
-    let last = list.as_array().unwrap().last().unwrap();
-    assert_eq!(last["state"], "damaged", "{list}");
+    let newest = list.as_array().unwrap().last().unwrap();
+    assert_eq!(newest["state"], "damaged", "{list}");
 
     // With room it goes well.
     ok("systemctl set-property criu-image-cache.service MemoryMax=infinity");
     ok(&dump);
     assert_eq!(ok(&format!("test -d /proc/{process} || echo gone")).trim(), "gone");
-    let newest = "criu-imagectl --json --cache list | grep -o 'guest-[0-9-]*' | head -n 1";
-    ok(&format!("criu-imagectl --cache wait --timeout 1min $({newest})"));
+    let id = "criu-imagectl --json --cache list | grep -o 'guest-[0-9-]*' | head -n 1";
+    ok(&format!("criu-imagectl --cache wait --timeout 1min $({id})"));
     guest().ok("/usr/lib/criu-image-relay-guest/host down");
 }

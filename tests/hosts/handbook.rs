@@ -1,9 +1,10 @@
 //! Blocks of docs/operations.md, done as they are written.
 
+use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use crate::bed::{BOTH, Bed, Host};
+use crate::bed::{Bed, Host};
 
 /// The page's addresses of the hosts, and the bed's.
 const ADDRESSES: [(&str, &str); 2] = [("192.0.2.7", "10.77.0.1"), ("192.0.2.8", "10.77.0.2")];
@@ -23,33 +24,32 @@ pub(crate) fn blocks(heading: &str) -> Vec<Vec<(Host, String)>> {
 fn scripts(block: &str) -> Vec<(Host, String)> {
     let mut scripts: Vec<(Host, String)> = Vec::new();
     let mut editing = false;
-    for line in block.trim_end().lines().map(|line| line.strip_prefix("    ").unwrap()) {
-        let line =
-            ADDRESSES.iter().fold(line.to_owned(), |line, (page, bed)| line.replace(page, bed));
-        let command = ["host-a# ", "host-b# "].iter().position(|host| line.starts_with(host));
-        let Some(host) = command.map(|index| BOTH[index]) else {
-            assert!(editing, "{line}");
-            scripts.last_mut().unwrap().1 += &format!("{line}\n");
-            continue;
+    for line in block.trim_end().lines() {
+        let mut line = line.strip_prefix("    ").unwrap().to_owned();
+        for (page, bed) in ADDRESSES {
+            line = line.replace(page, bed);
+        }
+        let (host, command) = match line.split_once("# ") {
+            Some(("host-a", command)) => (Host::A, command),
+            Some(("host-b", command)) => (Host::B, command),
+            _ => {
+                assert!(editing, "{line}");
+                writeln!(scripts.last_mut().unwrap().1, "{line}").unwrap();
+                continue;
+            }
         };
-        if std::mem::take(&mut editing) {
-            scripts.last_mut().unwrap().1 += "END\n";
+        if editing {
+            writeln!(scripts.last_mut().unwrap().1, "END").unwrap();
         }
         if scripts.last().is_none_or(|(last, _)| *last != host) {
             scripts.push((host, "set -e\n".to_owned()));
         }
         let script = &mut scripts.last_mut().unwrap().1;
-        match line["host-x# ".len()..].strip_prefix("systemctl edit ") {
-            Some(unit) => {
-                editing = true;
-                *script += &format!("systemctl edit --stdin {unit} <<'END'\n");
-            }
-            None => *script += &format!("{}\n", &line["host-x# ".len()..]),
-        }
+        editing = command.starts_with("systemctl edit ");
+        let stdin = if editing { " --stdin <<'END'" } else { "" };
+        writeln!(script, "{command}{stdin}").unwrap();
     }
-    if editing {
-        scripts.last_mut().unwrap().1 += "END\n";
-    }
+    assert!(!editing, "a command follows");
     scripts
 }
 
