@@ -144,7 +144,7 @@ fn the_messages_of_snapshots_come_with_their_explanations() {
 #[test]
 fn the_messages_of_links_come_with_their_explanations() {
     let bed = Bed::up();
-    bed.configure(Host::A, "give-up-after", "\"1s\"");
+    bed.configure(Host::A, "give-up-after", "\"3s\"");
     let cache = "10.77.0.2:9996";
     let link = ["criu-image-cache-link.socket", "criu-image-cache.service"];
     bed.ok(Host::B, &[&["systemctl", "stop"], &link[..]].concat());
@@ -162,6 +162,9 @@ fn the_messages_of_links_come_with_their_explanations() {
     let lost = assert_told(&bed, Host::A, "LINK_LOST", &format!("The link to {cache} is lost"));
     assert_eq!(lost["CRIU_SNAPSHOTS"], "1");
     end(putting);
+    wait_until("systemd has started the cache again", || {
+        bed.run(Host::B, &["systemctl", "is-active", "criu-image-cache"]).status.success()
+    });
 
     let putting = begin(&bed, "db");
     bed.ok(Host::A, &["kill", "-KILL", &bed.daemon_pid(Host::A)]);
