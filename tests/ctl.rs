@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -316,6 +316,11 @@ impl Daemon {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         path
     }
+}
+
+fn interrupt(process: &Child) {
+    let pid = rustix::process::Pid::from_child(process);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
 }
 
 fn imagectl() -> Command {
@@ -678,6 +683,36 @@ fn without_tracking_only_the_final_dump_is_made() {
 }
 
 #[test]
+fn a_migration_that_is_interrupted_leaves_no_criu_behind() {
+    let proxy = Daemon::honest(Role::Proxy);
+    let asked = proxy.path("asked");
+    let criu =
+        proxy.criu(&format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 60", utf8(&asked)));
+    let own = std::process::id().to_string();
+    let migrate =
+        ["migrate", "-t", &own, "--criu", utf8(&criu), "--work-dir", utf8(proxy.dir.path())];
+    let mut command = proxy.command(&migrate);
+    let migrating = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let pid = loop {
+        match fs::read_to_string(&asked) {
+            Ok(pid) => break pid,
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    interrupt(&migrating);
+    Ran(migrating.wait_with_output().unwrap()).exits(8).complains("interrupted");
+    // Whoever is its parent now may not have heard of it yet.
+    let stat = Path::new("/proc").join(pid.trim()).join("stat");
+    let runs = || fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+    let limit = std::time::Instant::now() + Duration::from_secs(10);
+    while runs() {
+        assert!(std::time::Instant::now() < limit, "it was asked, and it sleeps on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    proxy.is_clean();
+}
+
+#[test]
 fn a_hand_over_is_not_made_for_other_scripts_or_after_it_was_called_off() {
     let proxy = Daemon::honest(Role::Proxy);
     let dir = proxy.path("1");
@@ -787,8 +822,7 @@ fn a_restore_that_waits_ends_when_it_is_interrupted_or_another_has_taken_the_sna
             waiting
         };
         let waiting = begin(1);
-        let pid = rustix::process::Pid::from_child(&waiting);
-        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        interrupt(&waiting);
         let ended = Ran(waiting.wait_with_output().unwrap()).exits(8);
         ended.complains("interrupted before snapshot web was whole");
         cache.is_clean();

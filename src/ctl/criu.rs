@@ -74,10 +74,11 @@ impl Run {
         words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
     }
 
-    /// Whether it ends with status 0; it says nothing.
+    /// Whether it ends with status 0; it says nothing. It only looks, so it is killed when nobody waits for
+    /// that any more.
     pub(super) async fn succeeds(&self) -> Result<bool, Failure> {
         let mut command = self.command();
-        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
         Ok(command.status().await.map_err(|error| self.not_run(&error))?.success())
     }
 
