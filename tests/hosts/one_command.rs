@@ -41,7 +41,7 @@ fn a_process_migrates_and_is_restored_by_a_unit_which_it_outlives() {
     wait_until("the restore waits", || unit(&bed, "ActiveState") == "activating");
 
     assert_eq!(migrate(&bed, &pid)["outcome"], "migrated");
-    assert!(!bed.lives(Host::A, &pid));
+    wait_until("its parent has heard that it is gone", || !bed.lives(Host::A, &pid));
     wait_until("the restore ends", || unit(&bed, "ActiveState") != "activating");
     assert_eq!(
         (unit(&bed, "ActiveState"), unit(&bed, "Result")),
