@@ -85,18 +85,19 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
             cache,
             settings,
             socket,
-            bound: None,
+            claim: None,
+            images: None,
             pipes: JoinSet::new(),
             serving: None,
             reading: Rc::default(),
             sent: Read::default(),
         };
         if let Err(failure) = restore.run(source).await {
-            tell_failed(peer, restore.bound.as_ref().map(|(claim, _)| claim), &failure);
+            tell_failed(peer, restore.claim.as_ref(), &failure);
             return false;
         }
         let taken = !matches!(source, Source::Look(_)) && restore.sent.images > 0;
-        if let (Some((claim, _)), true) = (&restore.bound, taken) {
+        if let (Some(claim), true) = (&restore.claim, taken) {
             claim.taken();
             tell_taken(claim, &restore.sent, started);
         }
@@ -143,9 +144,10 @@ struct Restore<'a> {
     cache: &'a Cache,
     settings: Rc<CacheSettings>,
     socket: UnixStream,
-    /// The snapshot, and its images: even if it is dropped they stay until the restore ends, which may read
-    /// them by other ways, too (a view).
-    bound: Option<(Claim, Rc<Images>)>,
+    claim: Option<Claim>,
+    /// Even if the snapshot is dropped they stay until the restore ends, which may read them by other ways,
+    /// too (a view).
+    images: Option<Rc<Images>>,
     pipes: JoinSet<Result<u64, Failure>>,
     /// Held once it has its snapshot: from then on the daemon's end waits for it.
     serving: Option<Session>,
@@ -168,8 +170,8 @@ impl Restore<'_> {
     /// may only be told that there is none when nothing more can come.
     async fn images(&mut self, source: Source) -> Result<Rc<Images>, Failure> {
         let wait = async {
-            let claim = match self.bound.take() {
-                Some((claim, _)) => claim,
+            let claim = match self.claim.take() {
+                Some(claim) => claim,
                 None => claim(self.cache, source).await,
             };
             let images = claim.images().await;
@@ -182,8 +184,9 @@ impl Restore<'_> {
         if self.serving.is_none() {
             self.serving = Some(self.cache.serving.enter());
         }
+        self.claim = Some(claim);
         let images = images?;
-        self.bound = Some((claim, images.clone()));
+        self.images = Some(images.clone());
         Ok(images)
     }
 

@@ -18,7 +18,7 @@ fn a_live_process_moves_and_goes_on_counting() {
     let before = bed.ask(Host::A, "web", &pid);
 
     bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
-    assert!(!bed.lives(Host::A, &pid));
+    wait_until("the process is gone", || !bed.lives(Host::A, &pid));
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
 
     let after = bed.ask(Host::B, "web", &pid);
