@@ -279,11 +279,12 @@ fn every_link_leads_somewhere() {
     }
 }
 
-/// The blocks of the protocol page that are marked as `kind`: what they say, and their bytes.
+/// The blocks of the pages of protocols that are marked as `kind`: what they say, and their bytes.
 fn blocks(kind: &str) -> Vec<(String, Vec<u8>)> {
-    let page = read("docs/protocol.md");
+    let protocols = |page: &PathBuf| page.to_str().unwrap().contains("/docs/protocol");
+    let text: String = pages().into_iter().filter(protocols).map(read).collect();
     let mark = format!("\n```{kind}\n");
-    let marked = page.split(&mark).skip(1);
+    let marked = text.split(&mark).skip(1);
     let parse = |block: &str| {
         let (said, hex) = block.split("\n```").next().unwrap().split_once('\n').unwrap();
         let bytes = hex.split_whitespace().map(|byte| u8::from_str_radix(byte, 16).unwrap());
