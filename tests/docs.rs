@@ -29,7 +29,8 @@ fn pages() -> Vec<PathBuf> {
     let docs = fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let mut pages: Vec<_> =
         docs.filter(|path| path.extension().is_some_and(|x| x == "md")).collect();
-    pages.extend(["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(|name| root().join(name)));
+    let others = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"];
+    pages.extend(others.map(|name| root().join(name)));
     pages
 }
 
@@ -267,8 +268,7 @@ fn anchor(heading: &str) -> String {
 fn every_link_leads_somewhere() {
     for page in pages() {
         let text = read(&page);
-        let links = text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap());
-        for link in links.filter(|link| !link.contains("://")) {
+        for link in linked(&text).iter().filter(|link| !link.contains("://")) {
             let (path, name) = link.split_once('#').unwrap_or((link, ""));
             let target =
                 if path.is_empty() { page.clone() } else { page.parent().unwrap().join(path) };
@@ -277,6 +277,75 @@ fn every_link_leads_somewhere() {
             assert!(name.is_empty() || there(), "{}: {link}", page.display());
         }
     }
+}
+
+/// The pages that a page of the book's links lead to, in their order.
+fn linked(page: &str) -> Vec<String> {
+    let links = page.split("](").skip(1).map(|rest| rest.split(')').next().unwrap());
+    links.map(Into::into).collect()
+}
+
+#[test]
+fn every_page_of_docs_is_a_chapter_of_the_book_once() {
+    let mut chapters = linked(&read("docs/SUMMARY.md"));
+    chapters.sort();
+    let docs = pages().into_iter().filter(|page| page.parent().unwrap().ends_with("docs"));
+    let names = docs.map(|page| page.file_name().unwrap().to_str().unwrap().to_owned());
+    let mut pages: Vec<_> = names.filter(|name| name != "SUMMARY.md").collect();
+    pages.sort();
+    assert_eq!(chapters, pages);
+}
+
+#[test]
+fn the_book_stands_by_itself() {
+    for page in pages().into_iter().filter(|page| page.parent().unwrap().ends_with("docs")) {
+        let text = read(&page);
+        for link in linked(&text) {
+            assert!(!link.starts_with("../"), "{}: {link} is not in the book", page.display());
+        }
+        let included = text.split("{{#include ").skip(1).map(|rest| rest.split("}}").next());
+        for path in included {
+            let file = page.parent().unwrap().join(path.unwrap());
+            assert!(file.is_file(), "{}: {}", page.display(), file.display());
+        }
+    }
+}
+
+/// The text of all the code, with strings that go over several lines in one piece.
+fn code(dir: &Path) -> String {
+    let mut text = String::new();
+    for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        match path.extension() {
+            _ if path.is_dir() => text.push_str(&code(&path)),
+            Some(extension) if extension == "rs" => {
+                let file = fs::read_to_string(&path).unwrap();
+                let mut lines = file.split("\\\n");
+                text.push_str(lines.next().unwrap_or_default());
+                lines.for_each(|line| text.push_str(line.trim_start()));
+            }
+            _ => {}
+        }
+    }
+    text
+}
+
+#[test]
+fn the_messages_in_the_page_of_troubles_are_those_of_the_code() {
+    let (page, code) = (read("docs/troubleshooting.md"), code(&root().join("src")));
+    let mut found = 0;
+    for table in page.split("\n| message |").skip(1) {
+        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+        // A cell may have words of our own beside the message, which is in backquotes.
+        for message in rows.filter_map(|row| row.split('|').nth(1)?.split('`').nth(1)) {
+            for part in message.split('…').filter(|part| part.trim().len() > 3) {
+                let known = code.contains(part.trim()) || part.starts_with("criu-imagectl ");
+                assert!(known, "{message:?}: no {:?} in the code", part.trim());
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 20, "{found}");
 }
 
 /// The blocks of the pages of protocols that are marked as `kind`: what they say, and their bytes.
