@@ -29,7 +29,7 @@ fn pages() -> Vec<PathBuf> {
     let docs = fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let mut pages: Vec<_> =
         docs.filter(|path| path.extension().is_some_and(|x| x == "md")).collect();
-    let others = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"];
+    let others = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "RELEASING.md"];
     pages.extend(others.map(|name| root().join(name)));
     pages
 }
