@@ -61,10 +61,16 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    /// Boots the hosts and starts the sockets, nothing else: the services start by themselves.
-    pub(crate) fn up() -> Bed {
+    /// Boots the hosts, on which nothing of the relay is installed.
+    pub(crate) fn boot() -> Bed {
         let bed = Bed { dir: tempfile::tempdir().unwrap() };
         bed.hosts(&["up"]);
+        bed
+    }
+
+    /// Boots the hosts and starts the sockets, nothing else: the services start by themselves.
+    pub(crate) fn up() -> Bed {
+        let bed = Bed::boot();
         for host in BOTH {
             bed.hosts(&["install", host.name()]);
         }
@@ -118,7 +124,7 @@ impl Bed {
         succeeded(&command, &self.run(host, command))
     }
 
-    /// Copies what is in a directory of the machine into one of a host.
+    /// Copies what is in a directory of the machine into one of a host, or a file.
     pub(crate) fn copy(&self, host: Host, from: &Path, to: &str) {
         self.hosts(&["copy", host.name(), from.to_str().unwrap(), to]);
     }
