@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 
 use criu_image_relay::client::{Client, Error, Writer};
 use criu_image_relay::control::model::SnapshotState;
+use criu_image_relay::criu::page_server::command::Command;
 use criu_image_relay::criu::page_server::header::Dialect;
 use criu_image_relay::criu::pages::{PAGE_SIZE, Space};
 
@@ -71,6 +72,11 @@ fn rounds(proxy: &Daemon) {
     client.pages(TASK, ADDRESS + PAGE_SIZE, false, &pages(&[9])).unwrap();
     client.hole(TASK, ADDRESS + 2 * PAGE_SIZE, 1).unwrap();
     assert_eq!(client.close().unwrap(), HELD);
+    // Who restores at the source asks for them.
+    let mut lazy = PageClient::on(proxy.open_pages("rounds"), Dialect::Short);
+    lazy.command(Command::Get { id: 7, address: ADDRESS, pages: 4 }).unwrap();
+    assert_eq!(lazy.given(7, ADDRESS).unwrap(), pages(&[4, 9, 6]));
+    drop(lazy);
     let mut dump = Criu::in_dir_of("rounds", proxy);
     dump.write("core-7.img", RECORDS);
     proxy.assert_image("rounds", "core-7.img", RECORDS.len() as u64);
