@@ -14,7 +14,8 @@
 //!
 //! Around them: [`daemon`] is what both daemons need to be services, [`config`] turns TOML into
 //! settings, [`control`] is the Varlink interface and [`ctl`] the command that speaks it and puts and
-//! gets images, [`sys`] holds the system calls. [`timeline`] is what both daemons note of when things happened.
+//! gets images, [`sys`] holds the system calls. [`timeline`] is what both daemons note of when things happened,
+//! and [`metrics`] shows figures to Prometheus.
 //!
 //! `criu`, `wire` and `store` know neither `proxy` nor `cache`. `ARCHITECTURE.md` tells the rest.
 
@@ -34,5 +35,6 @@ pub mod config;
 pub mod control;
 pub mod ctl;
 pub mod daemon;
+pub mod metrics;
 pub mod sys;
 pub mod timeline;

@@ -249,9 +249,11 @@ fn every_key_that_the_pages_name_with_its_table_exists() {
     for page in pages() {
         for word in read(&page).split('`').skip(1).step_by(2) {
             let table = word.split_once('.').map_or("", |(table, _)| table);
-            let named = ["link", "sessions", "store", "log"].contains(&table)
+            let named = ["link", "sessions", "store", "remote", "pages", "metrics", "log"]
+                .contains(&table)
                 && word.bytes().all(|b| b.is_ascii_lowercase() || b == b'-' || b == b'.')
-                && !["link.rs", "link.proto", "link.sock"].contains(&word);
+                && !["link.rs", "link.proto", "link.sock", "pages.sock", "metrics.sock"]
+                    .contains(&word);
             assert!(!named || keys.contains(word), "{}: {word}", page.display());
         }
     }

@@ -32,6 +32,11 @@ fn sockets(service: &str) -> Vec<String> {
     named.split_whitespace().map(ToOwned::to_owned).collect()
 }
 
+/// The sockets of a daemon's figures, of which no service has any: a service starts the sockets that it names.
+fn figures(daemon: &str) -> [String; 2] {
+    ["", "@"].map(|at| format!("criu-image-{daemon}-metrics{at}.socket"))
+}
+
 /// A setting of a plain unit as an instance's template has it.
 fn of_instance(setting: &str, daemon: &str) -> String {
     let name = format!("criu-image-{daemon}");
@@ -75,8 +80,10 @@ fn an_instance_has_the_settings_of_the_plain_service() {
 #[test]
 fn no_socket_of_an_instance_has_a_port() {
     for daemon in DAEMONS {
-        for socket in sockets(&format!("criu-image-{daemon}@.service")) {
-            let socket = settings(&socket.replace("@%i", "@"));
+        let named = sockets(&format!("criu-image-{daemon}@.service")).into_iter();
+        let [_, figures] = figures(daemon);
+        for socket in named.map(|socket| socket.replace("@%i", "@")).chain([figures]) {
+            let socket = settings(&socket);
             let guards = |key| values(&socket, key).join(" ");
             let listens = guards("ListenStream");
             assert!(listens.starts_with(&format!("/run/criu-image/{daemon}@%i/")), "{listens}");
@@ -103,6 +110,18 @@ fn a_service_and_its_sockets_name_each_other() {
                 named.insert(file);
             }
         }
+    }
+    // Nothing starts these before they are enabled.
+    for daemon in DAEMONS {
+        let of_figures = figures(daemon);
+        for (file, instance) in of_figures.iter().zip(["", "@%i"]) {
+            assert!(!named.contains(file), "{file} is started by its service");
+            let socket = settings(file);
+            let service = format!("criu-image-{daemon}{instance}.service");
+            assert_eq!(values(&socket, "Service"), [service], "{file}");
+            assert_eq!(values(&socket, "FileDescriptorName"), ["metrics"], "{file}");
+        }
+        named.extend(of_figures);
     }
     let there = fs::read_dir(units()).unwrap().map(|entry| entry.unwrap().file_name());
     let there = there.map(|name| name.into_string().unwrap());

@@ -23,23 +23,7 @@ pub(super) struct Control(pub(super) Rc<Cache>);
 
 impl Backend for Control {
     fn status(&self) -> Status {
-        let cache = &self.0;
-        let counts = StateCounts::of(&cache.store);
-        Status {
-            role: Role::Cache,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            started_ms: cache.started_ms,
-            sessions: cache.restores.live() as u64,
-            receiving: counts.receiving,
-            whole: counts.whole,
-            taken: counts.taken,
-            damaged: counts.damaged,
-            held_bytes: cache.store.quota().used(),
-            max_bytes: cache.store.quota().limit(),
-            total_bytes: cache.store.total(),
-            rate: cache.rate.per_second(),
-            links: cache.links.peers.borrow().iter().map(|peer| LinkStatus::clone(peer)).collect(),
-        }
+        self.0.status()
     }
 
     fn list(&self) -> Vec<model::Snapshot> {
@@ -145,6 +129,28 @@ impl Backend for Control {
     }
 }
 
+impl Cache {
+    /// The cache at a glance.
+    pub(super) fn status(&self) -> Status {
+        let counts = StateCounts::of(&self.store);
+        Status {
+            role: Role::Cache,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_ms: self.started_ms,
+            sessions: self.restores.live() as u64,
+            receiving: counts.coming(),
+            whole: counts.whole,
+            taken: counts.taken,
+            damaged: counts.damaged,
+            held_bytes: self.store.quota().used(),
+            max_bytes: self.store.quota().limit(),
+            total_bytes: self.store.total(),
+            rate: self.rate.per_second(),
+            links: self.links.peers.borrow().iter().map(|peer| LinkStatus::clone(peer)).collect(),
+        }
+    }
+}
+
 fn no_view(id: &str, why: &NoFiles) -> Refusal {
     Refusal::Refused(format!("there is no view of snapshot {id}: {why}"))
 }
@@ -185,19 +191,27 @@ async fn listen(cache: Rc<Cache>, listener: UnixListener, key: Key, source: Sour
     }
 }
 
+/// The state as others are told it.
+pub(super) fn state_of(snapshot: &Snapshot) -> SnapshotState {
+    match &snapshot.state {
+        State::Awaited => SnapshotState::Awaited,
+        State::Paged if snapshot.flat().is_some() => SnapshotState::Paged,
+        State::Paged | State::Receiving(_) => SnapshotState::Receiving,
+        State::Whole(_) => SnapshotState::Whole,
+        State::Taken(_) => SnapshotState::Taken,
+        State::Damaged { .. } => SnapshotState::Damaged,
+    }
+}
+
 fn describe(snapshot: &Snapshot) -> model::Snapshot {
     let counts = snapshot.counts();
-    let (state, reason) = match &snapshot.state {
-        State::Awaited => (SnapshotState::Awaited, ""),
-        State::Paged if snapshot.flat().is_some() => (SnapshotState::Paged, ""),
-        State::Paged | State::Receiving(_) => (SnapshotState::Receiving, ""),
-        State::Whole(_) => (SnapshotState::Whole, ""),
-        State::Taken(_) => (SnapshotState::Taken, ""),
-        State::Damaged { reason, .. } => (SnapshotState::Damaged, reason.as_str()),
+    let reason = match &snapshot.state {
+        State::Damaged { reason, .. } => reason.as_str(),
+        _ => "",
     };
     model::Snapshot {
         id: snapshot.id.clone(),
-        state,
+        state: state_of(snapshot),
         reason: reason.to_owned(),
         peer: snapshot.sender.name.clone(),
         images: counts.images,

@@ -17,7 +17,8 @@ use super::waits::Waits;
 use crate::criu::pages::{Run, Space};
 use crate::daemon::journal;
 use crate::daemon::sessions::Session;
-use crate::store::{Image, Key, Refused, Sender, Store};
+use crate::metrics::refusals::Reason;
+use crate::store::{Image, Key, Refused, Sender, Store, one_more};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
     ImageAck, ImageReady, Message, REGIONS_MAX, SnapshotAck, SnapshotReady, all_spaces,
@@ -85,7 +86,8 @@ impl<'a> Incoming<'a> {
                 return over;
             }
             if self.deaf {
-                return Over::Refused("it leaves too many answers unread".to_owned());
+                let why = "it leaves too many answers unread".to_owned();
+                return Over::Refused(Reason::Stalled, why);
             }
         }
     }
@@ -166,6 +168,7 @@ impl<'a> Incoming<'a> {
     }
 
     fn refuse(&mut self, snapshot: u32, id: &str, refused: &Refused) {
+        one_more(&self.store.tally().refused);
         tracing::warn!(
             message_id = journal::SNAPSHOT_REFUSED,
             criu_snapshot = id,
@@ -232,6 +235,7 @@ impl<'a> Incoming<'a> {
         let seconds = started.elapsed().as_secs_f64();
         match self.store.complete_round(coming) {
             Ok(superseded) => {
+                self.cache.figures.rounds.observe(started.elapsed());
                 tracing::info!(
                     message_id = journal::ROUND_HELD,
                     criu_snapshot = id,
@@ -296,7 +300,7 @@ impl<'a> Incoming<'a> {
         while self.regions.try_join_next().is_some() {}
         if self.regions.len() >= REGIONS_MAX {
             let why = format!("it waits for more than {REGIONS_MAX} regions at once");
-            return Err(Over::Refused(why));
+            return Err(Over::Refused(Reason::Protocol, why));
         }
         let replies = self.replies.clone();
         self.regions.spawn_local(async move {
@@ -358,6 +362,7 @@ impl<'a> Incoming<'a> {
         let seconds = started.elapsed().as_secs_f64();
         match self.store.complete(key, partial) {
             Ok(()) => {
+                self.cache.figures.received.observe(started.elapsed());
                 tracing::info!(
                     message_id = journal::SNAPSHOT_WHOLE,
                     criu_snapshot = id,

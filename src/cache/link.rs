@@ -11,6 +11,7 @@ use tracing::Instrument;
 use crate::config::CacheSettings;
 use crate::daemon::journal;
 use crate::daemon::outages::Outages;
+use crate::metrics::refusals::Reason;
 use crate::store::Sender;
 use crate::sys::clock::host_name;
 use crate::sys::connected::{Peer, Stream};
@@ -45,8 +46,8 @@ pub(super) enum Over {
     #[error("the peer ended it: {0}")]
     Goodbye(String),
     /// The peer did not introduce itself, or asks too much.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{1}")]
+    Refused(Reason, String),
     /// The peer may not connect.
     #[error("{0}")]
     NotAllowed(String),
@@ -56,9 +57,17 @@ impl Over {
     /// Whether the peer is to blame, and is told.
     fn is_fault(&self) -> bool {
         match self {
-            Over::Violation(_) | Over::Refused(_) | Over::NotAllowed(_) => true,
+            Over::Violation(_) | Over::Refused(..) | Over::NotAllowed(_) => true,
             Over::Lane(error) => error.is_fault(),
             Over::Goodbye(_) => false,
+        }
+    }
+
+    fn reason(&self) -> Reason {
+        match self {
+            Over::Refused(reason, _) => *reason,
+            Over::NotAllowed(_) => Reason::Host,
+            Over::Lane(_) | Over::Violation(_) | Over::Goodbye(_) => Reason::Protocol,
         }
     }
 }
@@ -85,6 +94,7 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
             Ok(name) => name,
             Err(over) => {
                 farewell(&mut writer, &over).await;
+                cache.figures.refusals.count(over.reason());
                 let message_id = match &over {
                     Over::NotAllowed(_) => journal::PEER_REFUSED,
                     _ => journal::PROTOCOL_ERROR,
@@ -123,7 +133,7 @@ async fn welcome(
         let (message, _) = reader.receive().await?;
         let Message::Hello(hello) = message else {
             let kind = message.kind().as_str_name();
-            return Err(Over::Refused(format!("a {kind} instead of a HELLO")));
+            return Err(Over::Refused(Reason::Protocol, format!("a {kind} instead of a HELLO")));
         };
         if !address.is_local() && !settings.insecure {
             return Err(Over::NotAllowed(
@@ -136,9 +146,9 @@ async fn welcome(
         writer.send(&Message::Welcome(welcome)).await.map_err(LaneError::from)?;
         Ok(printable(&hello.name))
     };
-    timeout(limit, greeting)
-        .await
-        .unwrap_or_else(|_| Err(Over::Refused(format!("no HELLO within {limit:?}"))))
+    timeout(limit, greeting).await.unwrap_or_else(|_| {
+        Err(Over::Refused(Reason::Stalled, format!("no HELLO within {limit:?}")))
+    })
 }
 
 /// A name from the network, as it may stand in a log line.
@@ -179,8 +189,11 @@ async fn run(
     };
     let lost = incoming.abandon(&format!("the link from {peer} ended: {over}"));
     outages.tell_over(&format!("link from {peer}"), &over.to_string(), over.is_fault(), lost);
-    if over.is_fault() && timeout(FAREWELL, answers.flush()).await.is_ok() {
-        farewell(answers.writer(), &over).await;
+    if over.is_fault() {
+        cache.figures.refusals.count(over.reason());
+        if timeout(FAREWELL, answers.flush()).await.is_ok() {
+            farewell(answers.writer(), &over).await;
+        }
     }
     lost == 0 && !over.is_fault()
 }

@@ -6,6 +6,7 @@
 //! - [`remote`]: one client that names what it reads.
 //! - `pages`: one client that asks for pages, as CRIU's lazy-pages daemon does.
 //! - [`restore`]: one CRIU run, as a list of phases; `fill` is an image on its way out.
+//! - `figures`: what a scrape shows.
 
 pub mod link;
 pub mod remote;
@@ -13,6 +14,7 @@ pub mod restore;
 
 mod answers;
 mod control;
+mod figures;
 mod fill;
 mod incoming;
 mod pages;
@@ -30,7 +32,7 @@ use std::time::Instant;
 use tokio::net::UnixStream;
 
 use crate::config::CacheSettings;
-use crate::control::model::LinkStatus;
+use crate::control::model::{LinkStatus, SnapshotState};
 use crate::criu::remote::CACHE_SOCKET;
 use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::accept::{Listeners, permits};
@@ -41,10 +43,13 @@ use crate::daemon::outages::Outages;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
+use crate::metrics;
+use crate::metrics::refusals::Reason;
 use crate::store::{State, Store};
 use crate::sys::clock::now_ms;
 use crate::sys::connected::{self, Stream};
 
+use figures::Figures;
 use pages::Whose;
 use restore::Source;
 
@@ -64,6 +69,7 @@ pub struct Cache {
     read: RefCell<BTreeSet<String>>,
     /// Bytes that restores have read.
     served: Cell<u64>,
+    figures: Figures,
     started_ms: u64,
 }
 
@@ -79,6 +85,7 @@ impl Cache {
             rate: Rate::default(),
             read: RefCell::default(),
             served: Cell::new(0),
+            figures: Figures::default(),
             started_ms: now_ms(),
             settings: RefCell::new(Rc::new(settings)),
         })
@@ -91,7 +98,11 @@ impl Cache {
 
     /// Whether a peer may have a session.
     fn admit(&self, socket: &UnixStream) -> Option<Peer> {
-        admit(socket, &self.settings().allow_uids)
+        let peer = admit(socket, &self.settings().allow_uids);
+        if peer.is_none() {
+            self.figures.refusals.count(Reason::Uid);
+        }
+        peer
     }
 
     /// Serves one restore of the shared socket: it takes the oldest snapshot not yet taken.
@@ -113,6 +124,7 @@ impl Cache {
                 let _ = link::serve(&self, stream).await;
             }
             Err(why) => {
+                self.figures.refusals.count(Reason::from(&why));
                 let message_id = journal::PEER_REFUSED;
                 tracing::warn!(message_id, "a link from a unix socket is refused: {why}");
             }
@@ -178,7 +190,10 @@ impl Drop for UpLink<'_> {
 /// How many snapshots there are in each state.
 #[derive(Debug, Default, Clone, Copy)]
 struct StateCounts {
+    awaited: u64,
     receiving: u64,
+    /// Those of which rounds of pages are held.
+    paged: u64,
     whole: u64,
     taken: u64,
     damaged: u64,
@@ -187,14 +202,28 @@ struct StateCounts {
 impl StateCounts {
     fn of(store: &Store) -> StateCounts {
         let mut counts = StateCounts::default();
-        store.for_each(|snapshot| match snapshot.state {
-            State::Awaited => {}
-            State::Paged | State::Receiving(_) => counts.receiving += 1,
-            State::Whole(_) => counts.whole += 1,
-            State::Taken(_) => counts.taken += 1,
-            State::Damaged { .. } => counts.damaged += 1,
+        store.for_each(|snapshot| match control::state_of(snapshot) {
+            SnapshotState::Awaited => counts.awaited += 1,
+            SnapshotState::Receiving => counts.receiving += 1,
+            SnapshotState::Paged => counts.paged += 1,
+            SnapshotState::Whole => counts.whole += 1,
+            SnapshotState::Taken => counts.taken += 1,
+            SnapshotState::Damaged => counts.damaged += 1,
         });
         counts
+    }
+
+    /// Those that are still to be whole, as a glance shows them.
+    fn coming(self) -> u64 {
+        self.receiving + self.paged
+    }
+
+    /// By the states' names.
+    fn by_state(self) -> [(&'static str, u64); 6] {
+        let StateCounts { awaited, receiving, paged, whole, taken, damaged } = self;
+        let names = ["awaited", "receiving", "paged", "whole", "taken", "damaged"];
+        let counts = [awaited, receiving, paged, whole, taken, damaged];
+        std::array::from_fn(|state| (names[state], counts[state]))
     }
 }
 
@@ -209,6 +238,7 @@ impl Daemon for Cache {
             stream: SERVE_SOCKET,
             remote: CACHE_SOCKET,
             pages: settings.pages.listen.as_deref(),
+            metrics: settings.metrics.listen.as_ref(),
             link: Some(&settings.listen),
         }
     }
@@ -218,6 +248,7 @@ impl Daemon for Cache {
         let max_readers = permits(settings.sessions.max);
         let max_links = permits(settings.link.max);
         let max_clients = permits(settings.remote.max);
+        let max_scrapes = permits(metrics::CLIENTS_MAX);
         let cache = Cache::new(settings);
         for listener in sockets.stream {
             let serving = cache.clone();
@@ -234,6 +265,11 @@ impl Daemon for Cache {
             let serve =
                 move |stream| pages::admit_and_serve(serving.clone(), stream, Whose::WhoHasTheTask);
             cache.listeners.serve_bound("pages", listener, &max_readers, serve)?;
+        }
+        for listener in sockets.metrics {
+            let serving = cache.clone();
+            let serve = move |stream| metrics::serve(serving.clone(), stream);
+            cache.listeners.serve_bound("metrics", listener, &max_scrapes, serve)?;
         }
         for listener in sockets.link {
             let serving = cache.clone();
@@ -275,7 +311,7 @@ impl Daemon for Cache {
         let reached = if quota.is_reached() { ", QUOTA REACHED, senders wait" } else { "" };
         format!(
             "{} receiving, {} whole, {} taken, {} damaged; {} of {} held{reached}; {}/s; {} restores, {links} links",
-            counts.receiving,
+            counts.coming(),
             counts.whole,
             counts.taken,
             counts.damaged,

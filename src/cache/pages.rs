@@ -20,6 +20,7 @@ use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
 use crate::daemon::page_server::{self, Asked, BadClient, Client, Ended};
 use crate::daemon::sessions::Session;
+use crate::metrics::refusals::Reason;
 use crate::store::pages::{Flat, Index, Part};
 use crate::store::{Key, State, Unavailable};
 use crate::sys::connected::Stream;
@@ -75,6 +76,7 @@ pub(super) async fn admit_and_serve(cache: Rc<Cache>, stream: Stream, whose: Who
     match admit_stream(&stream, &settings.allow_uids, settings.insecure) {
         Ok(()) => serve(cache, stream, whose).await,
         Err(why) => {
+            cache.figures.refusals.count(Reason::from(&why));
             tracing::warn!(
                 message_id = journal::PEER_REFUSED,
                 criu_peer = %peer,
@@ -116,6 +118,9 @@ pub(super) async fn serve(cache: Rc<Cache>, stream: Stream, whose: Whose) {
                 Err(failure) => break Err(failure),
             }
         };
+        if let Some(reason) = ended.as_ref().err().and_then(Reason::of_gets) {
+            cache.figures.refusals.count(reason);
+        }
         page_server::tell(&pages, peer, sent, ended.as_ref().err());
     }
     .instrument(span)

@@ -18,6 +18,7 @@ use crate::criu::remote::{Reply, Request};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
 use crate::daemon::sessions::Peer;
+use crate::metrics::refusals::Reason;
 use crate::store::{Image, Key, State};
 
 /// Why a session ends before the client ends it.
@@ -31,6 +32,17 @@ enum Ended {
     Refused(Errno, String),
 }
 
+impl Ended {
+    /// Why, if the client is to blame.
+    fn reason(&self) -> Option<Reason> {
+        match self {
+            Ended::Client(bad) => Some(bad.into()),
+            Ended::Failed(failure) => failure.reason(),
+            Ended::Refused(errno, _) => (*errno == Errno::INVAL).then_some(Reason::Protocol),
+        }
+    }
+}
+
 /// Serves one client.
 pub(super) async fn serve(cache: Rc<Cache>, socket: UnixStream) {
     let Some(peer) = cache.admit(&socket) else { return };
@@ -41,6 +53,9 @@ pub(super) async fn serve(cache: Rc<Cache>, socket: UnixStream) {
     let mut session = Session { cache, settings, client };
     let serve = async {
         if let Err(ended) = session.run().await {
+            if let Some(reason) = ended.reason() {
+                session.cache.figures.refusals.count(reason);
+            }
             tell(peer, &ended);
         }
     };

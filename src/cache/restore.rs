@@ -14,6 +14,7 @@ use crate::config::CacheSettings;
 use crate::criu::stream::{decode_request, encode_reply};
 use crate::daemon::journal;
 use crate::daemon::sessions::{BadSession, Peer, Session, closed, read_request, receive_pipe};
+use crate::metrics::refusals::Reason;
 use crate::store::{Claim, Images, Key, Unavailable};
 use crate::sys::ends::Sink;
 use crate::sys::pipe::PipeWriter;
@@ -66,6 +67,18 @@ pub(super) enum Failure {
     Reply(io::Error),
 }
 
+impl Failure {
+    /// Why, if the peer is to blame.
+    pub(super) fn reason(&self) -> Option<Reason> {
+        match self {
+            Failure::Session(bad) => Some(bad.into()),
+            Failure::Reply(_) => Some(Reason::Protocol),
+            Failure::Stalled { .. } => Some(Reason::Stalled),
+            Failure::Left | Failure::Unavailable(_) | Failure::Image { .. } => None,
+        }
+    }
+}
+
 /// What a restore has read.
 #[derive(Debug, Default)]
 struct Read {
@@ -89,16 +102,23 @@ pub(super) async fn serve(cache: &Cache, socket: UnixStream, peer: Peer, source:
             images: None,
             pipes: JoinSet::new(),
             serving: None,
+            served_since: None,
             reading: Rc::default(),
             sent: Read::default(),
         };
         if let Err(failure) = restore.run(source).await {
+            if let Some(reason) = failure.reason() {
+                cache.figures.refusals.count(reason);
+            }
             tell_failed(peer, restore.claim.as_ref(), &failure);
             return false;
         }
         let taken = !matches!(source, Source::Look(_)) && restore.sent.images > 0;
         if let (Some(claim), true) = (&restore.claim, taken) {
             claim.taken();
+            if let Some(since) = restore.served_since {
+                cache.figures.restores.observe(since.elapsed());
+            }
             tell_taken(claim, &restore.sent, started);
         }
         taken
@@ -151,6 +171,8 @@ struct Restore<'a> {
     pipes: JoinSet<Result<u64, Failure>>,
     /// Held once it has its snapshot: from then on the daemon's end waits for it.
     serving: Option<Session>,
+    /// When it was.
+    served_since: Option<Instant>,
     reading: Rc<Reading>,
     sent: Read,
 }
@@ -183,6 +205,7 @@ impl Restore<'_> {
         };
         if self.serving.is_none() {
             self.serving = Some(self.cache.serving.enter());
+            self.served_since = Some(Instant::now());
         }
         self.claim = Some(claim);
         let images = images?;

@@ -25,10 +25,11 @@ mod tests;
 pub use error::{ConfigError, Problem};
 pub use settings::{
     CacheLinkSettings, CachePagesSettings, CacheRemoteSettings, CacheSettings, Keep, LinkSettings,
-    LogSettings, ProxyPagesSettings, ProxyRemoteSettings, ProxySettings, Reads, SessionSettings,
-    StoreSettings,
+    LogSettings, MetricsSettings, ProxyPagesSettings, ProxyRemoteSettings, ProxySettings, Reads,
+    SessionSettings, StoreSettings,
 };
 pub use shared::Shared;
+pub use words::Endpoint;
 
 /// The port of the link, where an address names none.
 pub const LINK_PORT: u16 = 9996;

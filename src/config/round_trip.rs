@@ -93,17 +93,30 @@ fn pages() -> impl Strategy<Value = Option<String>> {
     proptest::option::of(address())
 }
 
+fn endpoint() -> impl Strategy<Value = Option<Endpoint>> {
+    let path = "/[a-z/]{0,15}[a-z]".prop_map(|path| Endpoint::Unix(path.into()));
+    proptest::option::of(prop_oneof![address().prop_map(Endpoint::Tcp), path])
+}
+
+prop_compose! {
+    fn metrics()(
+        listen in endpoint(), allow_uids in proptest::collection::vec(0..u32::MAX, 0..4),
+    ) -> MetricsSettings {
+        MetricsSettings { listen, allow_uids }
+    }
+}
+
 prop_compose! {
     fn proxy()(
         cache in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}", name in "[a-z._-]{0,64}",
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4),
         link in link(), sessions in sessions(), remote in proxy_remote(), log in log(), daemon: bool, pidfile in file(),
-        listen in pages(),
+        listen in pages(), metrics in metrics(),
     ) -> ProxySettings {
         let work_dir = work_dir.into();
         let pages = ProxyPagesSettings { listen };
         ProxySettings {
-            cache, insecure, work_dir, daemon, pidfile, name, allow_uids, link, sessions, remote, pages, log,
+            cache, insecure, work_dir, daemon, pidfile, name, allow_uids, link, sessions, remote, pages, metrics, log,
         }
     }
 }
@@ -114,13 +127,13 @@ prop_compose! {
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4), store in store(),
         (keep_alive, hello_timeout, max) in (span(), span(), count()),
         sessions in sessions(), remote in cache_remote(), log in log(), daemon: bool, pidfile in file(),
-        pages in pages(),
+        pages in pages(), metrics in metrics(),
     ) -> CacheSettings {
         let work_dir = work_dir.into();
         let pages = CachePagesSettings { listen: pages };
         let link = CacheLinkSettings { keep_alive, hello_timeout, max };
         CacheSettings {
-            listen, insecure, work_dir, daemon, pidfile, allow_uids, store, link, sessions, remote, pages, log,
+            listen, insecure, work_dir, daemon, pidfile, allow_uids, store, link, sessions, remote, pages, metrics, log,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Every struct here is one table of the file; its field names in kebab case are the keys.
 
 use super::syntax::{As, Count, Memory, Size, Span};
-use super::words::{FilePath, Flag, HostPort, Listen, Name, SocketDir};
+use super::words::{Endpoint, FilePath, Flag, HostPort, Listen, Name, SocketDir};
 use super::{LINK_PORT, physical_memory, uids};
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
@@ -50,6 +50,8 @@ pub struct ProxySettings {
     pub remote: ProxyRemoteSettings,
     /// CRIU's page server protocol.
     pub pages: ProxyPagesSettings,
+    /// The figures for Prometheus.
+    pub metrics: MetricsSettings,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -68,6 +70,7 @@ impl Default for ProxySettings {
             sessions: SessionSettings::default(),
             remote: ProxyRemoteSettings::default(),
             pages: ProxyPagesSettings::default(),
+            metrics: MetricsSettings::default(),
             log: LogSettings::default(),
         }
     }
@@ -172,6 +175,8 @@ pub struct CacheSettings {
     pub remote: CacheRemoteSettings,
     /// CRIU's page server protocol.
     pub pages: CachePagesSettings,
+    /// The figures for Prometheus.
+    pub metrics: MetricsSettings,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -190,6 +195,7 @@ impl Default for CacheSettings {
             sessions: SessionSettings::default(),
             remote: CacheRemoteSettings::default(),
             pages: CachePagesSettings::default(),
+            metrics: MetricsSettings::default(),
             log: LogSettings::default(),
         }
     }
@@ -351,6 +357,18 @@ pub enum Reads {
     Socket,
     /// `"pipe"`: through a pipe that the client passes.
     Pipe,
+}
+
+/// `[metrics]`: the figures, in OpenMetrics' text format.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MetricsSettings {
+    /// Where they are served when systemd does not hand over a socket for them; `None` is nowhere.
+    #[serde(with = "As::<Endpoint>")]
+    pub listen: Option<Endpoint>,
+    /// Who may read them, besides those who may use the unix sockets.
+    #[serde(with = "uids")]
+    pub allow_uids: Vec<u32>,
 }
 
 /// `[log]`: what is logged, and where to.

@@ -161,6 +161,32 @@ fn addresses() {
 }
 
 #[test]
+fn figures_are_served_on_a_path_an_address_or_nowhere() {
+    let tcp = |address: &str| Some(Some(Endpoint::Tcp(address.to_owned())));
+    let unix = |path: &str| Some(Some(Endpoint::Unix(path.into())));
+    let too_long = format!("/{}", "d".repeat(107));
+    for (text, endpoint) in [
+        ("", Some(None)),
+        ("127.0.0.1:9998", tcp("127.0.0.1:9998")),
+        ("[::1]:9998", tcp("[::1]:9998")),
+        ("localhost:9998", tcp("localhost:9998")),
+        ("/run/metrics.sock", unix("/run/metrics.sock")),
+        ("127.0.0.1", None),
+        ("localhost", None),
+        (":9998", None),
+        ("metrics.sock", None),
+        ("run/metrics.sock", None),
+        ("/", None),
+        ("/run/", None),
+        ("/run/..", None),
+        (too_long.as_str(), None),
+    ] {
+        let parsed = ProxySettings::parse(&format!("metrics.listen = \"{text}\""), Path::new(PATH));
+        assert_eq!(parsed.ok().map(|settings| settings.metrics.listen), endpoint, "{text}");
+    }
+}
+
+#[test]
 fn options_replace_their_part_of_an_address() {
     for (text, named) in [
         ("host-b", Some("host-b")),
@@ -270,6 +296,7 @@ fn printed() {
          [remote]\nmax = 4096\nidle-timeout = \"1h\"\nreads = \"socket\"\n\
          historical-endings = false\n\n\
          [pages]\nlisten = \"127.0.0.1:9997\"\n\n\
+         [metrics]\nlisten = \"\"\nallow-uids = []\n\n\
          [log]\nlevel = \"info\"\nfile = \"\"\n"
     );
 }

@@ -68,6 +68,58 @@ impl Syntax for Listen {
     }
 }
 
+/// Where a daemon listens that may be on a unix socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A unix socket at this path.
+    Unix(PathBuf),
+    /// A TCP socket at `HOST:PORT`.
+    Tcp(String),
+}
+
+impl Endpoint {
+    /// The longest path that a client can connect to by name (unix(7), `sun_path`).
+    const MAX: usize = 107;
+
+    fn parse(text: &str) -> Option<Endpoint> {
+        let path = Path::new(text);
+        if !path.is_absolute() {
+            let full = HostPort::parse(text).filter(|full| full == text);
+            return full.map(Endpoint::Tcp);
+        }
+        let right = path.file_name().is_some()
+            && !text.ends_with('/')
+            && text.len() <= Self::MAX
+            && !text.contains('\0');
+        right.then(|| Endpoint::Unix(path.into()))
+    }
+}
+
+impl Syntax for Endpoint {
+    type Value = Option<Self>;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            r#"HOST:PORT, such as "127.0.0.1:9998", an absolute path of at most {} bytes, such as "/run/metrics.sock", or "" for none"#,
+            Self::MAX
+        )
+    }
+
+    fn from_text(text: &str) -> Option<Option<Self>> {
+        let endpoint = Self::parse(text);
+        (text.is_empty() || endpoint.is_some()).then_some(endpoint)
+    }
+
+    fn write<S: Serializer>(endpoint: &Option<Self>, s: S) -> Result<S::Ok, S::Error> {
+        match endpoint {
+            Some(Endpoint::Unix(path)) => s.serialize_str(&path.to_string_lossy()),
+            Some(Endpoint::Tcp(address)) => s.serialize_str(address),
+            None => s.serialize_str(""),
+        }
+    }
+}
+
 /// The host of `HOST:PORT`, as an option names it: IPv6 with or without brackets. Returned with them.
 pub(super) fn host(text: &str) -> Option<String> {
     let bracketed = format!("[{text}]");

@@ -21,8 +21,8 @@ const ESTABLISHED: &str = "01";
 pub enum NotAdmitted {
     /// It is on another machine.
     #[error(
-        "it is on another machine; set `insecure = true` to let whoever reaches the socket have its \
-         pages on a network that you trust"
+        "it is on another machine; set `insecure = true` to let in whoever reaches the socket, on a \
+         network that you trust"
     )]
     NotLocal,
     /// The kernel lists no such peer: it has gone, or lives in another network namespace.

@@ -1,6 +1,7 @@
 //! The sockets: from systemd by name, or bound by the daemon itself. The link's may be a connection
 //! that somebody else made.
 
+use std::ffi::OsStr;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
 
+use crate::config::Endpoint;
 use crate::sys::connected::Connected;
 use crate::sys::unix;
 
@@ -18,6 +20,7 @@ const REMOTE: &str = "remote";
 const CONTROL: &str = "control";
 const LINK: &str = "link";
 const PAGES: &str = "pages";
+const METRICS: &str = "metrics";
 /// What systemd names the one connection of a service whose socket has `Accept=yes`.
 const CONNECTION: &str = "connection";
 
@@ -45,6 +48,8 @@ pub struct Sockets {
     pub pages: Vec<Bound>,
     /// Varlink.
     pub control: Vec<UnixListener>,
+    /// The figures.
+    pub metrics: Vec<Bound>,
     /// The link (cache only).
     pub link: Vec<Bound>,
     /// The link itself, where somebody else made it: nothing listens for another then.
@@ -90,7 +95,7 @@ pub enum SocketError {
         /// Why.
         cause: io::Error,
     },
-    /// The address of the link, or of the page server, cannot be bound.
+    /// The address of the link, of the page server, or of the figures, cannot be bound.
     #[error("cannot listen on {address} ({key}): {cause}")]
     Listen {
         /// What of the configuration says it.
@@ -115,6 +120,8 @@ pub struct Wanted<'a> {
     pub remote: &'static str,
     /// The page server's address, if it is to listen.
     pub pages: Option<&'a str>,
+    /// Where the figures are served, if they are.
+    pub metrics: Option<&'a Endpoint>,
     /// The link's address, where the daemon listens for one.
     pub link: Option<&'a str>,
 }
@@ -176,6 +183,7 @@ impl Sockets {
                 STREAM => take_unix(&mut descriptors, index, &mut self.stream),
                 REMOTE => take_unix(&mut descriptors, index, &mut self.remote),
                 PAGES => take_bound(&mut descriptors, index, &mut self.pages),
+                METRICS => take_bound(&mut descriptors, index, &mut self.metrics),
                 CONTROL => take_unix(&mut descriptors, index, &mut self.control),
                 LINK | CONNECTION if wanted.link.is_some() && self.connected.is_some() => {
                     return Err(SocketError::OneLink("what systemd handed over for it"));
@@ -187,9 +195,9 @@ impl Sockets {
                     .map(|connected| self.connected = Some(connected)),
                 _ => {
                     let known = if wanted.link.is_some() {
-                        "stream, remote, pages, control, link, connection"
+                        "stream, remote, pages, metrics, control, link, connection"
                     } else {
-                        "stream, remote, pages, control"
+                        "stream, remote, pages, metrics, control"
                     };
                     return Err(SocketError::Unknown(name, known.to_owned()));
                 }
@@ -216,6 +224,13 @@ impl Sockets {
                 return Err(SocketError::Missing { name, unit });
             }
         }
+        if wanted.metrics.is_some() && self.metrics.is_empty() {
+            tracing::info!(
+                "metrics.listen is not used, as systemd makes the sockets, and figures are not served: \
+                 {}-{METRICS}.socket is not started",
+                wanted.daemon
+            );
+        }
         Ok(())
     }
 
@@ -239,8 +254,21 @@ impl Sockets {
         if let Some(address) = wanted.pages {
             self.pages.push(listen("pages.listen", address)?);
         }
+        match wanted.metrics {
+            Some(Endpoint::Tcp(address)) => self.metrics.push(listen("metrics.listen", address)?),
+            Some(Endpoint::Unix(path)) => self.metrics.push(bind_path(path)?),
+            None => {}
+        }
         Ok(())
     }
+}
+
+fn bind_path(path: &Path) -> Result<Bound, SocketError> {
+    let failed = |cause| SocketError::Bind { path: path.to_owned(), cause };
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(OsStr::to_str)) else {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    };
+    unix::bind(dir, name).map(Bound::Unix).map_err(failed)
 }
 
 /// listenfd looks at the family of a socket, not at whether it listens.

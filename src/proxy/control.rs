@@ -23,23 +23,7 @@ pub(super) struct Control(pub(super) Rc<Proxy>);
 
 impl Backend for Control {
     fn status(&self) -> Status {
-        let proxy = &self.0;
-        let counts = proxy.records.counts();
-        Status {
-            role: Role::Proxy,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            started_ms: proxy.started_ms,
-            sessions: proxy.sessions.live() as u64,
-            receiving: counts.receiving,
-            whole: counts.whole,
-            taken: 0,
-            damaged: counts.damaged,
-            held_bytes: 0,
-            max_bytes: 0,
-            total_bytes: proxy.records.total(),
-            rate: proxy.rate.per_second(),
-            links: proxy.links.status(&proxy.links.destination(&proxy.settings())),
-        }
+        self.0.status()
     }
 
     fn list(&self) -> Vec<Snapshot> {
@@ -135,6 +119,26 @@ impl Backend for Control {
 }
 
 impl Proxy {
+    /// The proxy at a glance.
+    pub(super) fn status(&self) -> Status {
+        let counts = self.records.counts();
+        Status {
+            role: Role::Proxy,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_ms: self.started_ms,
+            sessions: self.sessions.live() as u64,
+            receiving: counts.receiving,
+            whole: counts.whole,
+            taken: 0,
+            damaged: counts.damaged,
+            held_bytes: 0,
+            max_bytes: 0,
+            total_bytes: self.records.total(),
+            rate: self.rate.per_second(),
+            links: self.links.status(&self.links.destination(&self.settings())),
+        }
+    }
+
     /// The cache that a snapshot goes to.
     fn cache_for(&self, to: Option<&str>) -> Result<String, Refusal> {
         let cache = match to {

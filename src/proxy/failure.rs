@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::criu::capture::Fault;
+use crate::daemon::page_server::BadClient;
 use crate::daemon::sessions::BadSession;
+use crate::metrics::refusals::Reason;
 
 /// Why a dump failed. The peer, the snapshot and the image are in the log line's fields.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +24,9 @@ pub(super) enum Failure {
         /// What happened.
         cause: String,
     },
+    /// A client that sends pages stalled, or said what is no command.
+    #[error("{0}")]
+    Client(#[from] BadClient),
     /// It closed the session before it had written all.
     #[error("{0}")]
     Incomplete(String),
@@ -37,6 +42,15 @@ impl Failure {
     /// The cache has not said in time whether it accepts something.
     pub(super) fn unanswered(limit: Duration) -> Failure {
         Failure::Lost(format!("the cache did not answer within {limit:?}"))
+    }
+
+    /// Why a peer that has begun nothing yet is not served.
+    pub(super) fn reason(&self) -> Reason {
+        match self {
+            Failure::Session(bad) => bad.into(),
+            Failure::Client(bad) => bad.into(),
+            _ => Reason::Protocol,
+        }
     }
 
     /// The image that it concerns, if it is one.

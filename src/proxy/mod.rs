@@ -7,7 +7,7 @@
 //! - [`link`]: the links to caches, made when there is something to send; `greeting` is the handshake.
 //! - [`connection`]: a link that is up, and the snapshots that share it, each an [`upload`]; `outgoing` is what goes
 //!   out on it, `regions` what the cache is asked for.
-//! - [`records`]: what was sent, for `criu-imagectl` and the status line.
+//! - [`records`]: what was sent, for `criu-imagectl` and the status line; `figures` is what a scrape shows.
 
 pub mod connection;
 pub mod dump;
@@ -17,6 +17,7 @@ pub mod upload;
 
 mod control;
 mod failure;
+mod figures;
 mod forward;
 mod gets;
 mod greeting;
@@ -41,9 +42,12 @@ use crate::daemon::handed_over::into_tokio;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
+use crate::metrics;
+use crate::metrics::refusals::Reason;
 use crate::sys::clock::{host_name, now_ms};
 
 use dump::Target;
+use figures::Figures;
 use link::Links;
 use records::Records;
 use remote::Remote;
@@ -61,6 +65,7 @@ pub struct Proxy {
     rate: Rate,
     /// Bytes of pages that clients have been given back.
     served: Cell<u64>,
+    figures: Figures,
     started_ms: u64,
 }
 
@@ -76,6 +81,7 @@ impl Proxy {
             listeners: Listeners::default(),
             rate: Rate::default(),
             served: Cell::new(0),
+            figures: Figures::default(),
             started_ms: now_ms(),
             settings: RefCell::new(Rc::new(settings)),
         })
@@ -88,7 +94,11 @@ impl Proxy {
 
     /// Whether a peer may have a session.
     fn admit(&self, socket: &UnixStream) -> Option<Peer> {
-        admit(socket, &self.settings().allow_uids)
+        let peer = admit(socket, &self.settings().allow_uids);
+        if peer.is_none() {
+            self.figures.refusals.count(Reason::Uid);
+        }
+        peer
     }
 
     /// Serves one dump of the shared socket: it becomes a new snapshot.
@@ -111,6 +121,7 @@ impl Daemon for Proxy {
             stream: CAPTURE_SOCKET,
             remote: PROXY_SOCKET,
             pages: settings.pages.listen.as_deref(),
+            metrics: settings.metrics.listen.as_ref(),
             link: None,
         }
     }
@@ -118,6 +129,7 @@ impl Daemon for Proxy {
     fn start(settings: ProxySettings, sockets: Sockets) -> io::Result<Rc<Proxy>> {
         let max = permits(settings.sessions.max);
         let max_clients = permits(settings.remote.max);
+        let max_scrapes = permits(metrics::CLIENTS_MAX);
         let proxy = Proxy::new(settings);
         if let Some(connected) = sockets.connected {
             proxy.links.join(connected.register()?, proxy.settings()).map_err(io::Error::other)?;
@@ -136,6 +148,11 @@ impl Daemon for Proxy {
             let serving = proxy.clone();
             let serve = move |stream| pages::serve_shared(serving.clone(), stream);
             proxy.listeners.serve_bound("pages", listener, &max, serve)?;
+        }
+        for listener in sockets.metrics {
+            let serving = proxy.clone();
+            let serve = move |stream| metrics::serve(serving.clone(), stream);
+            proxy.listeners.serve_bound("metrics", listener, &max_scrapes, serve)?;
         }
         for listener in sockets.control {
             let (backend, admitting) = (control::Control(proxy.clone()), proxy.clone());

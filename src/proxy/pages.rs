@@ -24,7 +24,8 @@ use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
-use crate::daemon::page_server::{self, Ended};
+use crate::daemon::page_server::{self, BadClient, Ended};
+use crate::metrics::refusals::Reason;
 use crate::sys::connected::Stream;
 use crate::sys::ends::Source;
 
@@ -74,6 +75,7 @@ async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
     match admit_stream(&stream, &settings.allow_uids, settings.insecure) {
         Ok(()) => serve(proxy, stream, target).await,
         Err(why) => {
+            proxy.figures.refusals.count(Reason::from(&why));
             tracing::warn!(
                 message_id = journal::PEER_REFUSED,
                 criu_peer = %peer,
@@ -159,6 +161,7 @@ impl Client<'_> {
             Ok(Some(first)) => return self.round(first).await,
             Err(failure) => failure,
         };
+        self.proxy.figures.refusals.count(refused.reason());
         tracing::warn!(
             message_id = journal::PROTOCOL_ERROR,
             criu_snapshot = self.target.id,
@@ -178,6 +181,9 @@ impl Client<'_> {
             ended = page_server::serve(client, first, &mut pages, &mut sent, limits) => ended,
             why = target.record.stopped() => Err(NotGiven::Stopped(why).into()),
         };
+        if let Some(reason) = ended.as_ref().err().and_then(Reason::of_gets) {
+            proxy.figures.refusals.count(reason);
+        }
         page_server::tell(&pages, self.criu.stream().peer(), sent, ended.as_ref().err());
         matches!(ended, Ok(Ended::Force))
     }
@@ -282,7 +288,7 @@ impl Client<'_> {
         let limit = self.settings.sessions.stall_timeout;
         while left > 0 {
             let ready = timeout(limit, self.source.readable()).await;
-            ready.map_err(|_| stalled(limit))?.map_err(incomplete)?;
+            ready.map_err(|_| BadClient::Silent(limit))?.map_err(incomplete)?;
             let len = usize::try_from(left).unwrap_or(usize::MAX);
             match round.chunk(&self.source, len).await.map_err(incomplete)? {
                 Chunk::NotYet => {}
@@ -300,7 +306,7 @@ impl Client<'_> {
     /// The next command; `None` when the client has closed the connection between two rounds.
     async fn command(&mut self, patience: Duration) -> Result<Option<Command>, Failure> {
         let limit = self.settings.sessions.stall_timeout;
-        match self.criu.command(patience, limit).await.map_err(incomplete)? {
+        match self.criu.command(patience, limit).await? {
             Some(command) => Ok(Some(command)),
             None => self.session.disconnected().map(|()| None).map_err(incomplete),
         }
@@ -309,7 +315,7 @@ impl Client<'_> {
     /// Answers the client; it waits for it, so that there is room.
     async fn answer(&self, bytes: &[u8]) -> Result<(), Failure> {
         let limit = self.settings.sessions.request_timeout;
-        self.criu.write(bytes, limit).await.map_err(incomplete)
+        Ok(self.criu.write(bytes, limit).await?)
     }
 
     /// The one line that the journal gets for a round.
@@ -340,8 +346,4 @@ impl Client<'_> {
 #[allow(clippy::needless_pass_by_value)] // for map_err
 fn incomplete(why: impl ToString) -> Failure {
     Failure::Incomplete(why.to_string())
-}
-
-fn stalled(limit: Duration) -> Failure {
-    Failure::Incomplete(format!("nothing came for {limit:?}"))
 }

@@ -4,10 +4,12 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Instant;
 
 use tokio::sync::{Notify, watch};
 
 use crate::control::model::{Image, Snapshot, SnapshotState};
+use crate::metrics::durations::Durations;
 use crate::sys::clock::now_ms;
 use crate::timeline::{Phase, PhaseName, Timeline};
 
@@ -20,17 +22,75 @@ pub struct Records {
     by_age: RefCell<BTreeMap<u64, Rc<Record>>>,
     next: Cell<u64>,
     total: Cell<u64>,
+    tally: Rc<Tally>,
 }
 
 /// How many snapshots there are in each state.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct StateCounts {
+    /// A socket is open for them.
+    pub awaited: u64,
     /// Being sent.
     pub receiving: u64,
+    /// The cache holds rounds of their pages.
+    pub paged: u64,
     /// Acknowledged by the cache.
     pub whole: u64,
     /// Failed.
     pub damaged: u64,
+}
+
+impl StateCounts {
+    /// By the states' names.
+    pub fn by_state(self) -> [(&'static str, u64); 5] {
+        let StateCounts { awaited, receiving, paged, whole, damaged } = self;
+        let names = ["awaited", "receiving", "paged", "whole", "damaged"];
+        let counts = [awaited, receiving, paged, whole, damaged];
+        std::array::from_fn(|state| (names[state], counts[state]))
+    }
+}
+
+/// What has ended since the start, for scrapes.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Snapshots that the cache has acknowledged, and those that failed.
+    pub ended: Outcomes,
+    /// Rounds, the same.
+    pub rounds: Outcomes,
+    /// How long dumps took that the cache has acknowledged.
+    pub dumps: DumpDurations,
+    /// How long rounds took.
+    pub round_durations: Durations,
+}
+
+/// How many ended well, and how many did not.
+#[derive(Debug, Default)]
+pub struct Outcomes([Cell<u64>; 2]);
+
+impl Outcomes {
+    fn count(&self, well: bool) {
+        let count = &self.0[usize::from(!well)];
+        count.set(count.get() + 1);
+    }
+
+    /// By names for the one and the other.
+    pub fn by_outcome(&self, names: [&'static str; 2]) -> [(&'static str, u64); 2] {
+        std::array::from_fn(|outcome| (names[outcome], self.0[outcome].get()))
+    }
+}
+
+/// Durations by the protocol that the images came by.
+#[derive(Debug, Default)]
+pub struct DumpDurations {
+    stream: Durations,
+    remote: Durations,
+}
+
+impl DumpDurations {
+    /// By the protocols' names.
+    pub fn by_protocol(&self) -> [(&'static str, &Durations); 2] {
+        [("stream", &self.stream), ("remote", &self.remote)]
+    }
 }
 
 /// One snapshot.
@@ -45,6 +105,13 @@ pub struct Record {
     begun: Cell<bool>,
     /// Whether the cache may hold pages of it, from rounds of this record or of one before.
     left: Cell<bool>,
+    /// Whether its images come by the stream protocol; else by the remote one.
+    streamed: Cell<bool>,
+    /// When its images began to come.
+    dump_since: Cell<Instant>,
+    /// When its last round of pages began: if images follow, with it the dump began.
+    round_since: Cell<Option<Instant>>,
+    tally: Rc<Tally>,
     stop: watch::Sender<Option<String>>,
     ended: Notify,
 }
@@ -86,6 +153,10 @@ impl Records {
             dumping: Cell::new(state == SnapshotState::Receiving),
             begun: Cell::new(false),
             left: Cell::new(false),
+            streamed: Cell::new(false),
+            dump_since: Cell::new(Instant::now()),
+            round_since: Cell::new(None),
+            tally: self.tally.clone(),
             stop: watch::Sender::new(None),
             ended: Notify::new(),
         });
@@ -151,15 +222,23 @@ impl Records {
         records.values().filter(sent).cloned().collect()
     }
 
+    /// What has ended since the start.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
     /// How many snapshots there are in each state.
     pub fn counts(&self) -> StateCounts {
         let mut counts = StateCounts::default();
         for record in self.by_age.borrow().values() {
             match record.state() {
+                SnapshotState::Awaited => counts.awaited += 1,
                 SnapshotState::Receiving => counts.receiving += 1,
+                SnapshotState::Paged => counts.paged += 1,
                 SnapshotState::Whole => counts.whole += 1,
                 SnapshotState::Damaged => counts.damaged += 1,
-                SnapshotState::Awaited | SnapshotState::Paged | SnapshotState::Taken => {}
+                // Only a cache hears of it.
+                SnapshotState::Taken => {}
             }
         }
         counts
@@ -196,6 +275,8 @@ impl Record {
         };
         self.images.borrow_mut().clear();
         self.dumping.set(true);
+        self.streamed.set(true);
+        self.dump_since.set(Instant::now());
         let mut timeline = self.timeline.borrow_mut();
         timeline.leave(PhaseName::Dump);
         timeline.begin(PhaseName::Dump);
@@ -221,6 +302,7 @@ impl Record {
     /// A round of its pages has come. Returns the state that it was in.
     pub fn begin_round(&self) -> SnapshotState {
         self.begun.set(true);
+        self.round_since.set(Some(Instant::now()));
         self.left.set(true);
         self.timeline.borrow_mut().begin(PhaseName::Round);
         let before = self.state();
@@ -240,6 +322,10 @@ impl Record {
     /// The round has ended: the cache holds its pages, so many bytes, or it failed and why.
     pub fn end_round(&self, bytes: u64, failure: Option<String>) {
         self.timeline.borrow_mut().end(PhaseName::Round, bytes, failure.is_some());
+        self.tally.rounds.count(failure.is_none());
+        if let (Some(since), None) = (self.round_since.get(), &failure) {
+            self.tally.round_durations.observe(since.elapsed());
+        }
         if self.dumping.get() {
             return;
         }
@@ -283,6 +369,7 @@ impl Record {
 
     /// The snapshot has ended: the cache has it, or it failed and why.
     pub fn end(&self, failure: Option<String>) {
+        self.count_end(failure.is_none());
         let mut info = self.info.borrow_mut();
         let mut timeline = self.timeline.borrow_mut();
         timeline.end(PhaseName::Dump, info.bytes, failure.is_some());
@@ -295,6 +382,16 @@ impl Record {
         self.images.borrow_mut().clear();
         self.dumping.set(false);
         self.ended.notify_waiters();
+    }
+
+    fn count_end(&self, well: bool) {
+        self.tally.ended.count(well);
+        if well {
+            let DumpDurations { stream, remote } = &self.tally.dumps;
+            let durations = if self.streamed.get() { stream } else { remote };
+            let begun = self.round_since.get().unwrap_or(self.dump_since.get());
+            durations.observe(begun.min(self.dump_since.get()).elapsed());
+        }
     }
 
     /// Tells whoever works on it to stop.
@@ -344,6 +441,7 @@ impl Record {
     pub fn joins(&self, before: &Record) {
         self.left.set(before.has_left_pages());
         self.timeline.replace(before.timeline.borrow().clone());
+        self.round_since.set(before.round_since.get());
     }
 
     fn is(&self, id: &str) -> bool {

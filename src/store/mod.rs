@@ -24,6 +24,7 @@ pub mod pages;
 mod quota;
 mod rounds;
 mod snapshot;
+mod tally;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -39,6 +40,7 @@ pub use image::{Image, Part};
 pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Sender, Snapshot, State};
+pub use tally::{Tally, one_more};
 
 use flat_images::flat_images;
 use flatten::{flatten, take_out_pages};
@@ -62,6 +64,7 @@ pub struct Store {
     next_round: Cell<u64>,
     quota: Quota,
     total: Cell<u64>,
+    tally: Tally,
     changed: watch::Sender<()>,
 }
 
@@ -129,6 +132,7 @@ impl Store {
             next_key: Cell::new(0),
             next_round: Cell::new(0),
             total: Cell::new(0),
+            tally: Tally::default(),
             changed: watch::Sender::new(()),
         })
     }
@@ -153,6 +157,11 @@ impl Store {
     /// Bytes received since the start.
     pub fn total(&self) -> u64 {
         self.total.get()
+    }
+
+    /// What has become of snapshots since the start.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
     }
 
     /// Wakes whenever a snapshot changes its state, comes or goes.
@@ -335,6 +344,7 @@ impl Store {
         match whole {
             Ok(images) => {
                 self.update(key, |snapshot| snapshot.end(State::Whole(images)));
+                one_more(&self.tally.whole);
                 Ok(())
             }
             Err(reason) => {
@@ -378,7 +388,10 @@ impl Store {
     /// A snapshot cannot be completed: its bytes are given back, its reason is kept. One that had pages
     /// before its images began keeps those.
     pub fn fail(&self, key: Key, reason: &str) {
-        self.update(key, |snapshot| snapshot.fail(reason));
+        self.update(key, |snapshot| {
+            snapshot.fail(reason);
+            one_more(&self.tally.damaged);
+        });
     }
 
     /// Binds a restore to the oldest snapshot that is whole or coming, that no restore is bound to
@@ -434,6 +447,7 @@ impl Store {
             if let State::Whole(images) | State::Taken(images) = &snapshot.state {
                 let images = images.clone();
                 snapshot.take(images);
+                one_more(&self.tally.taken);
                 self.lists.borrow_mut().forget(&snapshot.id);
             }
         });
@@ -441,7 +455,13 @@ impl Store {
 
     /// Forgets a snapshot. A restore that is reading it keeps what it reads.
     pub fn drop_snapshot(&self, id: &str) -> Option<State> {
+        self.remove(id, &self.tally.dropped)
+    }
+
+    /// Forgets a snapshot, and counts it.
+    fn remove(&self, id: &str, count: &Cell<u64>) -> Option<State> {
         let key = self.key_of(id)?;
+        one_more(count);
         let dropped = self.snapshots.borrow_mut().remove(&key);
         self.lists.borrow_mut().forget(id);
         self.changed.send_replace(());
@@ -477,6 +497,7 @@ impl Store {
             keeps
         });
         for (id, _) in &expired {
+            one_more(&self.tally.expired);
             self.lists.borrow_mut().forget(id);
         }
         if !expired.is_empty() {

@@ -69,7 +69,12 @@ impl Quota {
 
     /// Whether a sender waits for room now.
     pub fn is_reached(&self) -> bool {
-        self.0.waiting.get() > 0
+        self.waiting() > 0
+    }
+
+    /// How many senders wait for room now.
+    pub fn waiting(&self) -> u64 {
+        self.0.waiting.get() as u64
     }
 
     /// Changes the limit. What is held stays, even beyond it.

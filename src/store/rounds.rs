@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use super::pages::{Flat, Round};
 use super::quota::{Charge, Exhausted};
 use super::snapshot::{Sender, Snapshot, State};
-use super::{Key, Refused, Store};
+use super::{Key, Refused, Store, one_more};
 use crate::criu::pages::Space;
 use crate::timeline::PhaseName;
 
@@ -89,21 +89,23 @@ impl Store {
     /// dropped, and its id returned.
     pub fn complete_round(&self, coming: ComingRound) -> Result<Option<String>, String> {
         if !self.is_paging(&coming) {
+            one_more(&self.tally.rounds_failed);
             return Err(Refused::Dropped.to_string());
         }
         let ComingRound { key, round, .. } = coming;
         let bytes = round.charged();
         let flat = round.commit().map_err(|refused| {
             let reason = refused.to_string();
-            self.update(key, |snapshot| snapshot.fail_round(&reason));
+            self.lose_round(key, &reason);
             reason
         })?;
         let mut parent = None;
         self.update(key, |snapshot| parent = snapshot.end_round(flat, bytes));
+        one_more(&self.tally.rounds_held);
         let superseded = parent.and_then(|parent| {
             let only_pages = |known: &Snapshot| matches!(known.state, State::Paged);
             let id = self.look(parent, |known| only_pages(known).then(|| known.id.clone()))??;
-            self.drop_snapshot(&id).map(|_| id)
+            self.remove(&id, &self.tally.superseded).map(|_| id)
         });
         Ok(superseded)
     }
@@ -112,8 +114,18 @@ impl Store {
     /// not coming as well: those have lost their pages.
     pub fn fail_round(&self, coming: &ComingRound, reason: &str) {
         if self.is_paging(coming) {
-            self.update(coming.key, |snapshot| snapshot.fail_round(reason));
+            self.lose_round(coming.key, reason);
         }
+    }
+
+    fn lose_round(&self, key: Key, reason: &str) {
+        one_more(&self.tally.rounds_failed);
+        self.update(key, |snapshot| {
+            snapshot.fail_round(reason);
+            if matches!(snapshot.state, State::Damaged { .. }) {
+                one_more(&self.tally.damaged);
+            }
+        });
     }
 
     /// Drops a snapshot that `host` sent and that has nothing but pages. Returns whether there was one.

@@ -27,6 +27,7 @@ mod gets_at_proxy;
 mod link_at_cache;
 mod link_at_proxy;
 mod link_order;
+mod metrics;
 mod pages_at_cache;
 mod pages_at_proxy;
 mod pages_at_proxy_wait;

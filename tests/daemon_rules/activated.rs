@@ -1,5 +1,6 @@
 //! Sockets that systemd made: by name, and of more kinds than the daemons make themselves.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -12,7 +13,7 @@ use criu_image_relay::criu::page_server::header::Dialect;
 use criu_image_relay::criu::stream::{CAPTURE_SOCKET, SERVE_SOCKET};
 use criu_image_relay::daemon::CONTROL_SOCKET;
 
-use crate::run::{CACHE, PROXY, Running, SOON, command, spawn};
+use crate::run::{CACHE, PROXY, Running, SOON, command, eventually, spawn};
 use crate::speak::Link;
 
 /// Puts descriptors where systemd has them, from 3 on, and becomes the daemon.
@@ -94,4 +95,51 @@ fn a_socket_that_is_missing_is_named_by_its_unit() {
         let cure = format!("start {missing}.socket, or {missing}@NAME.socket of instance NAME");
         assert!(said.contains(&cure), "{said}");
     }
+}
+
+/// What comes on a socket for figures.
+fn scrape(mut socket: impl Read + Write) -> String {
+    socket.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn figures_are_served_on_sockets_of_either_family_and_of_the_configuration_only_without_systemd() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = tcp.local_addr().unwrap();
+    let required =
+        || [("stream", unix(dir, CAPTURE_SOCKET)), ("control", unix(dir, CONTROL_SOCKET))];
+    let sockets: Vec<_> = required()
+        .into_iter()
+        .chain([("metrics", unix(dir, "figures.sock")), ("metrics", tcp.into())])
+        .collect();
+    let inherited: Vec<_> = sockets.iter().map(|(_, fd)| fd.as_fd()).collect();
+    let proxy = Running::with(&mut activated(PROXY, dir, &sockets), dir, &inherited);
+    for answer in [
+        scrape(UnixStream::connect(dir.join("figures.sock")).unwrap()),
+        scrape(TcpStream::connect(address).unwrap()),
+    ] {
+        assert!(answer.ends_with("# EOF\n"), "{answer}");
+    }
+    drop((proxy, sockets));
+
+    for name in [CAPTURE_SOCKET, CONTROL_SOCKET] {
+        fs::remove_file(dir.join(name)).unwrap();
+    }
+    let listen = dir.join("other.sock");
+    let settings = format!("pages.listen = \"\"\nmetrics.listen = \"{}\"\n", listen.display());
+    fs::write(dir.join("config.toml"), settings).unwrap();
+    let sockets = required();
+    let inherited = sockets.each_ref().map(|(_, fd)| fd.as_fd());
+    let mut command = activated(PROXY, dir, &sockets);
+    let _proxy = Running::with(command.args(["--log-file", "log"]), dir, &inherited);
+    let log = || fs::read_to_string(dir.join("log")).unwrap_or_default();
+    assert!(eventually(|| log().contains(" serves")));
+    let log = log();
+    assert!(log.contains("criu-image-proxy-metrics.socket is not started"), "{log}");
+    assert!(!listen.exists());
 }

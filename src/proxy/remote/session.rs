@@ -16,6 +16,7 @@ use crate::criu::remote::{PARENT, Reply};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
 use crate::daemon::sessions::Peer;
+use crate::metrics::refusals::Reason;
 use crate::proxy::Proxy;
 use crate::proxy::failure::Failure;
 
@@ -28,6 +29,17 @@ enum Ended {
     Refused(#[from] Refusal),
     #[error("it left while it waited")]
     Left,
+}
+
+impl Ended {
+    /// Why, if the client is to blame.
+    fn reason(&self) -> Option<Reason> {
+        match self {
+            Ended::Client(bad) => Some(bad.into()),
+            Ended::Refused(refusal) => (refusal.errno == Errno::INVAL).then_some(Reason::Protocol),
+            Ended::Left => None,
+        }
+    }
 }
 
 /// Serves one client. The part before the future is done when the client is accepted: what has come of
@@ -79,7 +91,12 @@ impl Session {
             match done {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(ended) => return tell(self.peer, &ended),
+                Err(ended) => {
+                    if let Some(reason) = ended.reason() {
+                        self.proxy.figures.refusals.count(reason);
+                    }
+                    return tell(self.peer, &ended);
+                }
             }
         }
     }
