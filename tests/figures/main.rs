@@ -1,5 +1,5 @@
 //! The figures that the daemons show to Prometheus and to people: scraped while images move, parsed by a real
-//! OpenMetrics parser, and held against what the daemons tell otherwise and the page of names.
+//! OpenMetrics parser, held against what the daemons tell otherwise, the page of names and the dashboard.
 //!
 //! The daemons are real. No root is needed; Debian's python3-prometheus-client is.
 #![allow(clippy::unwrap_used)]
