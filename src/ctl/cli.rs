@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::exit::HELP;
-use super::{migrate, open, place, restore};
+use super::{migrate, open, place, restore, watch};
 
 /// The command line of `criu-imagectl`.
 #[derive(Debug, Parser)]
@@ -74,8 +74,20 @@ impl Daemon {
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Show the daemons at a glance: sessions, snapshots, memory, links
-    #[command(after_help = "Example:\n  criu-imagectl status\n  criu-imagectl --json status")]
-    Status,
+    #[command(after_help = "Example:\n  criu-imagectl status\n  criu-imagectl status --watch\n  \
+criu-imagectl --json status --watch 10")]
+    Status {
+        /// Show them again and again, every 2 seconds or as often as this says, until it is interrupted;
+        /// with --json each time is one line
+        #[arg(
+            long,
+            value_name = "SECONDS",
+            num_args = 0..=1,
+            default_missing_value = "2",
+            value_parser = watch::every
+        )]
+        watch: Option<Duration>,
+    },
 
     /// List the snapshots
     #[command(after_help = "Example:\n  criu-imagectl --cache list")]

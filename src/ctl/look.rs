@@ -14,9 +14,22 @@ use crate::control::model::{Image, Role, Snapshot, SnapshotState, Status};
 
 /// Shows each daemon at a glance.
 pub(super) async fn status(daemon: &Daemon, output: Output) -> Result<(), Failure> {
-    let (statuses, failure) = each(daemon, async |client| Ok(client.status().await?)).await?;
-    output.print(&statuses, || statuses.iter().map(status_text).collect::<Vec<_>>().join("\n"))?;
+    let (statuses, failure) = statuses(daemon).await?;
+    output.print(&statuses, || statuses_text(&statuses))?;
     failure.map_or(Ok(()), Err)
+}
+
+/// What the daemons that answer say.
+pub(super) type Statuses = Vec<Status>;
+
+/// Asks each daemon for a glance.
+pub(super) async fn statuses(daemon: &Daemon) -> Result<(Statuses, Option<Failure>), Failure> {
+    each(daemon, async |client| Ok(client.status().await?)).await
+}
+
+/// The daemons at a glance, as text.
+pub(super) fn statuses_text(statuses: &Statuses) -> String {
+    statuses.iter().map(status_text).collect::<Vec<_>>().join("\n")
 }
 
 /// Lists the snapshots of each daemon.

@@ -26,6 +26,7 @@ mod stream;
 mod timeline;
 mod view;
 mod wait;
+mod watch;
 mod work_dir;
 mod written;
 
@@ -74,7 +75,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         ));
     }
     match cli.command {
-        Command::Status => look::status(&daemon, output).await,
+        Command::Status { watch: None } => look::status(&daemon, output).await,
+        Command::Status { watch: Some(every) } => watch::run(&daemon, output, every).await,
         Command::List => look::list(&daemon, output).await,
         Command::Show(show) if show.timeline => timeline::run(&daemon, output, &show).await,
         Command::Show(show) => look::show(&daemon, output, &show.snapshot).await,

@@ -22,21 +22,27 @@ impl Output {
         value: &impl Serialize,
         text: impl FnOnce() -> String,
     ) -> Result<(), Failure> {
-        let mut printed = if self.json {
+        let printed = if self.json {
             serde_json::to_string_pretty(value)
                 .map_err(|error| Failure::failed(format!("the result is not JSON: {error}")))?
         } else {
             text()
         };
+        self.write(printed).map(drop)
+    }
+
+    /// Prints what is made already. Returns whether anybody still reads.
+    #[allow(clippy::unused_self)] // what prints has an output
+    pub(super) fn write(self, mut printed: String) -> Result<bool, Failure> {
         if !printed.is_empty() && !printed.ends_with('\n') {
             printed.push('\n');
         }
         let mut stdout = io::stdout().lock();
         match stdout.write_all(printed.as_bytes()).and_then(|()| stdout.flush()) {
             // `| head` has read enough.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
             Err(error) => Err(Failure::failed(format!("stdout cannot be written: {error}"))),
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The figures that the daemons show to Prometheus and to people: scraped while images move, parsed by a real
-//! OpenMetrics parser, held against what the daemons tell otherwise, the page of names and the dashboard.
+//! OpenMetrics parser, held against what the daemons tell otherwise, the page of names and the dashboard; and
+//! `criu-imagectl status --watch`.
 //!
 //! The daemons are real. No root is needed; Debian's python3-prometheus-client is.
 #![allow(clippy::unwrap_used)]
@@ -22,4 +23,5 @@ mod bed;
 mod scrape;
 
 mod names;
+mod told;
 mod transfer;
