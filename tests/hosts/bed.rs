@@ -55,7 +55,7 @@ pub(crate) struct Report {
     pub checksum: String,
 }
 
-/// Two booted hosts, with this build installed and its sockets started; gone when dropped.
+/// Two booted hosts; gone when dropped.
 pub(crate) struct Bed {
     dir: tempfile::TempDir,
 }
@@ -63,21 +63,25 @@ pub(crate) struct Bed {
 impl Bed {
     /// Boots the hosts, on which nothing of the relay is installed.
     pub(crate) fn boot() -> Bed {
+        Bed::bare(None)
+    }
+
+    /// Boots the hosts, with nothing of the relay, from a tree or from the usual one.
+    pub(crate) fn bare(rootfs: Option<&Path>) -> Bed {
         let bed = Bed { dir: tempfile::tempdir().unwrap() };
-        bed.hosts(&["up"]);
+        let mut up = bed.script("up");
+        up.envs(rootfs.map(|tree| ("CRIU_IMAGE_RELAY_ROOTFS", tree)));
+        succeeded(&"hosts up", &up.output().unwrap());
         bed
     }
 
-    /// Boots the hosts and starts the sockets, nothing else: the services start by themselves.
+    /// Boots the hosts, installs this build and starts its sockets, nothing else: the services start by themselves.
     pub(crate) fn up() -> Bed {
-        let bed = Bed::boot();
+        let bed = Bed::bare(None);
         for host in BOTH {
             bed.hosts(&["install", host.name()]);
         }
-        let address = bed.hosts(&["addr", "b"]);
-        bed.configure(Host::A, "insecure", "true");
-        bed.configure(Host::A, "cache", &format!("{:?}", address.trim()));
-        bed.configure(Host::B, "insecure", "true");
+        bed.trust();
         for (host, sockets) in [
             (Host::A, &["stream", "remote", "control"][..]),
             (Host::B, &["stream", "remote", "control", "link"]),
@@ -90,6 +94,14 @@ impl Bed {
             }
         }
         bed
+    }
+
+    /// The least that two hosts have to be told: where the cache is, and that the network is to be trusted.
+    pub(crate) fn trust(&self) {
+        let address = self.hosts(&["addr", "b"]);
+        self.configure(Host::A, "insecure", "true");
+        self.configure(Host::A, "cache", &format!("{:?}", address.trim()));
+        self.configure(Host::B, "insecure", "true");
     }
 
     /// Sets a key in the daemon's configuration; a running daemon is not told.
@@ -264,6 +276,6 @@ fn repository() -> &'static Path {
 }
 
 /// The directory of the binaries under test: those that cargo built for this very test.
-fn build() -> PathBuf {
+pub(crate) fn build() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_criu-image-proxy")).parent().unwrap().to_owned()
 }

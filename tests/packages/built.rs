@@ -1,0 +1,114 @@
+//! The packages under test, and how they come onto a host.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use crate::bed::{Bed, Host};
+
+/// The package's name.
+pub(crate) const NAME: &str = "criu-image-relay";
+
+pub(crate) fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Runs a command that has to succeed; returns what it printed.
+#[track_caller]
+pub(crate) fn ok<S: AsRef<OsStr> + std::fmt::Debug>(command: &[S]) -> String {
+    let mut run = Command::new(&command[0]);
+    let output = run.args(&command[1..]).stdin(Stdio::null()).output().unwrap();
+    let out = String::from_utf8_lossy(&output.stdout).into_owned();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{out}\n{err}", output.status);
+    out
+}
+
+/// The package, built at the first call: twice, compared, and looked at by lintian.
+pub(crate) fn package() -> &'static Path {
+    static PACKAGE: OnceLock<PathBuf> = OnceLock::new();
+    PACKAGE.get_or_init(|| {
+        let dir = std::env::var_os("CRIU_IMAGE_RELAY_PACKAGES").map_or_else(build, PathBuf::from);
+        let debs = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
+        let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
+        let mut found = debs.filter(|path| {
+            name(path).starts_with(&format!("{NAME}_")) && name(path).ends_with(".deb")
+        });
+        let package = found.next().unwrap_or_else(|| panic!("no package in {}", dir.display()));
+        assert_eq!(found.next(), None);
+        package
+    })
+}
+
+/// Kept until the next run, to be looked at.
+fn build() -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("packages");
+    if dir.exists() {
+        fs::remove_dir_all(&dir).unwrap();
+    }
+    fs::create_dir_all(&dir).unwrap();
+    ok(&[repository().join("packaging/check-reproducible"), dir.clone()]);
+    dir
+}
+
+/// A field of the package.
+pub(crate) fn field(name: &str) -> String {
+    let package = package().to_str().unwrap();
+    ok(&["dpkg-deb", "--field", package, name]).trim().to_owned()
+}
+
+/// The package's files, unpacked; its own are below `DEBIAN`.
+pub(crate) fn unpacked() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let package = package().to_str().unwrap();
+    ok(&["dpkg-deb", "--raw-extract", package, dir.path().to_str().unwrap()]);
+    dir
+}
+
+/// The same package as a higher version, without building it again: what is in the programs is not what an
+/// upgrade changes.
+pub(crate) fn higher_version() -> tempfile::TempDir {
+    let tree = unpacked();
+    let control = tree.path().join("DEBIAN/control");
+    let old = fs::read_to_string(&control).unwrap();
+    let new = old.replacen(&format!("Version: {}", field("Version")), "Version: 99.0-1", 1);
+    assert_ne!(old, new);
+    fs::write(&control, new).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (tree.path().to_str().unwrap(), dir.path().join("higher.deb"));
+    ok(&["dpkg-deb", "--root-owner-group", "--build", from, to.to_str().unwrap()]);
+    dir
+}
+
+/// All files below a directory, as paths below it.
+pub(crate) fn files(dir: &Path) -> BTreeSet<String> {
+    let list = ok(&["find", dir.to_str().unwrap(), "-type", "f", "-printf", "/%P\\n"]);
+    list.lines().map(ToOwned::to_owned).collect()
+}
+
+/// Two hosts with Debian 13 or another, and nothing of the relay but the process that the tests move.
+pub(crate) fn fresh_hosts(rootfs: Option<&str>) -> Bed {
+    let bed = Bed::bare(rootfs.map(Path::new));
+    let workload = crate::bed::build().join("examples/workload");
+    for host in crate::bed::BOTH {
+        bed.copy(host, &workload, "/usr/bin/workload");
+    }
+    bed
+}
+
+/// Installs a package as its users do; its dependencies are there.
+#[track_caller]
+pub(crate) fn install(bed: &Bed, host: Host, package: &Path) {
+    bed.copy(host, package, "/tmp/package.deb");
+    bed.ok(host, &["apt-get", "install", "-q", "-y", "/tmp/package.deb"]);
+    bed.ok(host, &["rm", "/tmp/package.deb"]);
+}
+
+/// Its state as dpkg tells it, `installed` or `config-files`; nothing for one that is not known.
+pub(crate) fn state(bed: &Bed, host: Host) -> String {
+    let query = bed.run(host, &["dpkg-query", "--show", "--showformat=${db:Status-Status}", NAME]);
+    String::from_utf8_lossy(&query.stdout).trim().to_owned()
+}

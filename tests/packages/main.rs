@@ -1,0 +1,22 @@
+//! The Debian package: built by Debian's own compiler without a network, twice, and installed on hosts that
+//! have nothing of the relay. Root is needed; `tests/all` runs these after building what they need:
+//!
+//! ```text
+//! cargo build --release --bins --examples
+//! cargo test --release --test packages -- --test-threads=1
+//! ```
+//!
+//! The first test that needs the package builds it, which takes minutes. `CRIU_IMAGE_RELAY_PACKAGES` names a
+//! directory to take it from instead, as `packaging/check-reproducible` leaves it: for work on these tests.
+
+// A test's helpers fail by panicking, too.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../hosts/bed.rs"]
+#[allow(dead_code)]
+mod bed;
+mod built;
+
+mod content;
+mod debian12;
+mod debian13;
