@@ -77,7 +77,7 @@ impl Bed {
 
     /// Boots the hosts, installs this build and starts its sockets, nothing else: the services start by themselves.
     pub(crate) fn up() -> Bed {
-        let bed = Bed::bare(None);
+        let bed = Bed::boot();
         for host in BOTH {
             bed.hosts(&["install", host.name()]);
         }

@@ -35,7 +35,8 @@ pub(crate) fn package() -> &'static Path {
         let debs = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
         let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
         let mut found = debs.filter(|path| {
-            name(path).starts_with(&format!("{NAME}_")) && name(path).ends_with(".deb")
+            let is_deb = path.extension().is_some_and(|end| end == "deb");
+            is_deb && name(path).starts_with(&format!("{NAME}_"))
         });
         let package = found.next().unwrap_or_else(|| panic!("no package in {}", dir.display()));
         assert_eq!(found.next(), None);
