@@ -14,11 +14,16 @@ mod handbook;
 // What is not asked for here, other targets have.
 #[path = "../messages/mod.rs"]
 mod messages;
+// The tests of tests/figures use all of it.
+#[allow(dead_code)]
+#[path = "../figures/scrape.rs"]
+mod scrape;
 
 mod confinement;
 mod directories;
 mod drop_ins;
 mod failures;
+mod figures;
 mod instances;
 mod journal;
 mod limits;
