@@ -97,7 +97,7 @@ pub enum Failure<E> {
     /// See [`BadClient`].
     #[error("{0}")]
     Client(#[from] BadClient),
-    /// See [`BadGet`].
+    /// A GET that is none.
     #[error("{0}")]
     Get(#[from] BadGet),
     /// Pages cannot be given.
