@@ -21,9 +21,10 @@ use crate::metrics::refusals::Reason;
 use crate::store::{Image, Key, Refused, Sender, Store, one_more};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
-    ImageAck, ImageReady, Message, REGIONS_MAX, SnapshotAck, SnapshotReady, all_spaces,
+    ImageAck, ImageReady, Message, REGIONS_MAX, SnapshotAck, SnapshotReady,
 };
 use crate::wire::receiver::{Action, Limits, Receiver};
+use crate::wire::spaces::all_spaces;
 
 /// Why a snapshot ends that is not listed any more.
 pub(super) const DROPPED: &str = "it was dropped by the operator";

@@ -9,7 +9,8 @@ use crate::criu::page_server::answer::GET_MAX;
 use crate::criu::remote::PARENT;
 use crate::store::pages::PAGE;
 use crate::store::{Image, Snapshot, State, Store};
-use crate::wire::message::{Message, PagesRequest, REGION_MAX, Region, RegionRequest, requested};
+use crate::wire::message::{Message, PagesRequest, REGION_MAX, Region, RegionRequest};
+use crate::wire::spaces::requested;
 
 use super::answers::Answer;
 

@@ -12,8 +12,9 @@ use super::upload::{Fate, Told, Upload};
 use crate::config::LinkSettings;
 use crate::criu::pages::{PageRange, Space};
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{Message, REGIONS_MAX, RegionRequest, pages_request};
+use crate::wire::message::{Message, REGIONS_MAX, RegionRequest};
 use crate::wire::sender::{Said, said};
+use crate::wire::spaces::pages_request;
 
 /// How many commands may wait for the lane. Each image has at most one chunk under way.
 const QUEUE: usize = 64;

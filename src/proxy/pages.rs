@@ -158,6 +158,9 @@ impl Client<'_> {
             Ok(None) => return false,
             Ok(Some(Command::Get { .. })) if self.target.has_no_pages() => incomplete(NOBODYS),
             Ok(Some(get @ Command::Get { .. })) => return self.gets(get).await,
+            Ok(Some(Command::Close | Command::ForceClose)) if self.criu.dialect().is_none() => {
+                return self.nothing().await;
+            }
             Ok(Some(first)) => return self.round(first).await,
             Err(failure) => failure,
         };
@@ -168,6 +171,16 @@ impl Client<'_> {
             criu_reason = %refused,
             "the session ended: {refused}"
         );
+        false
+    }
+
+    /// The connection has begun with its end: a client that needs no pages, or a dump that failed before it
+    /// asked for anything. CRIU resets the kernel's notes of what changed when it has heard of parents, and
+    /// this one has heard nothing: the next round goes on from the one before.
+    async fn nothing(&self) -> bool {
+        if let Err(failure) = self.answer(&answer::status(true)).await {
+            tracing::debug!("a client that ended at once was not answered: {failure}");
+        }
         false
     }
 

@@ -25,6 +25,7 @@ pub mod frame;
 pub mod message;
 pub mod receiver;
 pub mod sender;
+pub mod spaces;
 
 pub mod lane;
 

@@ -4,9 +4,10 @@
 use std::collections::HashMap;
 
 use super::message::{
-    self, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, Region, SnapshotBegin,
-    SnapshotEnd, SnapshotList,
+    ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, Region, SnapshotBegin, SnapshotEnd,
+    SnapshotList,
 };
+use super::spaces;
 use crate::criu::pages::{Run, Space};
 
 /// What the cache said.
@@ -88,7 +89,7 @@ pub fn said(message: Message) -> Result<Said, OutOfOrder> {
         }
         Message::Spaces(spaces) => Ok(Said::Spaces {
             snapshot: spaces.snapshot,
-            spaces: message::spaces(&spaces).collect(),
+            spaces: spaces::spaces(&spaces).collect(),
         }),
         Message::Region(region) => Ok(Said::Region(region)),
         Message::RegionRequest(asked) => Ok(Said::Request { request: asked.request }),
@@ -148,7 +149,7 @@ impl Sender {
     /// A page space begins: what follows in this round belongs to it.
     pub fn space(&mut self, snapshot: u32, space: Space) -> Option<Message> {
         self.snapshots.get_mut(&snapshot)?.images += 1;
-        Some(Message::Space(message::space(snapshot, space)))
+        Some(Message::Space(spaces::space(snapshot, space)))
     }
 
     /// Pages follow in the space, or are where they say.

@@ -59,6 +59,15 @@ impl Lazy {
         bytes.chunks(4096).map(number).collect()
     }
 
+    /// Asks for the pages of [`images`]: it is given them up to the first that is not there.
+    #[track_caller]
+    pub(crate) fn assert_given(&mut self) {
+        assert_eq!(self.get(0x10000, 5), [16, 17, 18, 19, 20]);
+        assert_eq!(self.get(0x11000, 3), [17, 18, 19], "across the border of two entries");
+        assert_eq!(self.get(0x13000, 900), [19, 20], "fewer than were asked for");
+        assert_eq!(self.get(0x20000, 1), [32]);
+    }
+
     /// Nothing more comes but the end.
     #[track_caller]
     pub(crate) fn assert_ended(&mut self) {

@@ -7,8 +7,8 @@ use criu_image_relay::criu::pages::Space;
 use criu_image_relay::wire::frame;
 use criu_image_relay::wire::message::{
     Hello, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, SnapshotBegin, SnapshotEnd,
-    space,
 };
+use criu_image_relay::wire::spaces::space;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 use crate::criu::RECORDS;

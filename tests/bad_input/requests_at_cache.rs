@@ -4,9 +4,8 @@
 use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::criu::page_server::answer::GET_MAX;
 use criu_image_relay::criu::pages::{PAGE_SIZE, PageRange, Space};
-use criu_image_relay::wire::message::{
-    Message, PagesRequest, REGION_MAX, Region, pages_request, requested, space,
-};
+use criu_image_relay::wire::message::{Message, PagesRequest, REGION_MAX, Region};
+use criu_image_relay::wire::spaces::{pages_request, requested, space};
 use rustix::io::Errno;
 
 use crate::criu::{Criu, RECORDS};

@@ -5,8 +5,9 @@ use criu_image_relay::criu::page_server::command::Command;
 use criu_image_relay::criu::page_server::header::Dialect;
 use criu_image_relay::criu::pages::{PAGE_SIZE, PageRange, Space};
 use criu_image_relay::wire::message::{
-    Message, PagesRequest, REGION_MAX, REGIONS_MAX, Region, RegionRequest, pages_request, requested,
+    Message, PagesRequest, REGION_MAX, REGIONS_MAX, Region, RegionRequest,
 };
+use criu_image_relay::wire::spaces::{pages_request, requested};
 use rustix::io::Errno;
 
 use crate::cache_standin::{CacheStandin, receive_until, receive_whole};

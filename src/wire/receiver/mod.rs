@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 
 use super::message::{
     self, ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, SnapshotBegin, SnapshotEnd,
-    SnapshotList, announced,
+    SnapshotList,
 };
+use super::spaces::announced;
 use crate::criu::names::{check_id, check_image, check_list};
 use crate::criu::pages::{Contents, Run};
 
