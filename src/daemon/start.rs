@@ -77,7 +77,7 @@ fn begin<D: Daemon>(options: &Common) -> Result<ExitCode, Failure> {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Ok(ExitCode::FAILURE),
         Err(error) => {
-            logging::failed(&*error);
+            logging::failed(&error);
             if !logging.is_on_stderr() {
                 eprintln!("{}: {error}", D::NAME);
             }
