@@ -40,10 +40,12 @@ impl Reason {
 
     /// Why a session in which a client asked for pages ended, if the client is to blame.
     pub fn of_gets<E>(failure: &page_server::Failure<E>) -> Option<Reason> {
+        use page_server::{BadClient::Connection, Failure};
         match failure {
-            page_server::Failure::Client(bad) => Some(bad.into()),
-            page_server::Failure::Get(_) => Some(Reason::Protocol),
-            page_server::Failure::NotGiven(_) => None,
+            // One whose connection broke has only gone.
+            Failure::Client(Connection(_)) | Failure::NotGiven(_) => None,
+            Failure::Client(bad) => Some(bad.into()),
+            Failure::Get(_) => Some(Reason::Protocol),
         }
     }
 }

@@ -42,6 +42,8 @@ impl metrics::Figures for Proxy {
             "From the first command of a round of pages until the cache held it.",
             round_durations,
         );
+        let help = "Pages that clients have been given back.";
+        page.bytes_counter("read", help, self.served.get());
         page.refusals(&self.figures.refusals);
         page
     }

@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
@@ -63,6 +63,32 @@ pub struct Tally {
     pub round_durations: Durations,
 }
 
+impl Tally {
+    fn count_round(&self, phases: &[Phase], well: bool) {
+        self.rounds.count(well);
+        let last = phases.iter().rev().find(|phase| phase.name == PhaseName::Round);
+        if let (Some(round), true) = (last, well) {
+            self.round_durations.observe(between(round.begun_ms, round.ended_ms));
+        }
+    }
+
+    fn count_end(&self, phases: &[Phase], well: bool, streamed: bool) {
+        self.ended.count(well);
+        let Some(acknowledged) = phases.last().filter(|_| well) else { return };
+        let begun = |name| phases.iter().rev().find(|phase| phase.name == name);
+        let begun = [PhaseName::Round, PhaseName::Dump].into_iter().filter_map(begun);
+        if let Some(begun_ms) = begun.map(|phase| phase.begun_ms).min() {
+            let DumpDurations { stream, remote } = &self.dumps;
+            let durations = if streamed { stream } else { remote };
+            durations.observe(between(begun_ms, acknowledged.ended_ms));
+        }
+    }
+}
+
+fn between(begun_ms: u64, ended_ms: u64) -> Duration {
+    Duration::from_millis(ended_ms.saturating_sub(begun_ms))
+}
+
 /// How many ended well, and how many did not.
 #[derive(Debug, Default)]
 pub struct Outcomes([Cell<u64>; 2]);
@@ -107,10 +133,6 @@ pub struct Record {
     left: Cell<bool>,
     /// Whether its images come by the stream protocol; else by the remote one.
     streamed: Cell<bool>,
-    /// When its images began to come.
-    dump_since: Cell<Instant>,
-    /// When its last round of pages began: if images follow, with it the dump began.
-    round_since: Cell<Option<Instant>>,
     tally: Rc<Tally>,
     stop: watch::Sender<Option<String>>,
     ended: Notify,
@@ -154,8 +176,6 @@ impl Records {
             begun: Cell::new(false),
             left: Cell::new(false),
             streamed: Cell::new(false),
-            dump_since: Cell::new(Instant::now()),
-            round_since: Cell::new(None),
             tally: self.tally.clone(),
             stop: watch::Sender::new(None),
             ended: Notify::new(),
@@ -276,7 +296,6 @@ impl Record {
         self.images.borrow_mut().clear();
         self.dumping.set(true);
         self.streamed.set(true);
-        self.dump_since.set(Instant::now());
         let mut timeline = self.timeline.borrow_mut();
         timeline.leave(PhaseName::Dump);
         timeline.begin(PhaseName::Dump);
@@ -302,7 +321,6 @@ impl Record {
     /// A round of its pages has come. Returns the state that it was in.
     pub fn begin_round(&self) -> SnapshotState {
         self.begun.set(true);
-        self.round_since.set(Some(Instant::now()));
         self.left.set(true);
         self.timeline.borrow_mut().begin(PhaseName::Round);
         let before = self.state();
@@ -321,11 +339,10 @@ impl Record {
 
     /// The round has ended: the cache holds its pages, so many bytes, or it failed and why.
     pub fn end_round(&self, bytes: u64, failure: Option<String>) {
-        self.timeline.borrow_mut().end(PhaseName::Round, bytes, failure.is_some());
-        self.tally.rounds.count(failure.is_none());
-        if let (Some(since), None) = (self.round_since.get(), &failure) {
-            self.tally.round_durations.observe(since.elapsed());
-        }
+        let mut timeline = self.timeline.borrow_mut();
+        timeline.end(PhaseName::Round, bytes, failure.is_some());
+        self.tally.count_round(timeline.phases(), failure.is_none());
+        drop(timeline);
         if self.dumping.get() {
             return;
         }
@@ -369,11 +386,11 @@ impl Record {
 
     /// The snapshot has ended: the cache has it, or it failed and why.
     pub fn end(&self, failure: Option<String>) {
-        self.count_end(failure.is_none());
         let mut info = self.info.borrow_mut();
         let mut timeline = self.timeline.borrow_mut();
         timeline.end(PhaseName::Dump, info.bytes, failure.is_some());
         timeline.end(PhaseName::Acknowledgement, 0, failure.is_some());
+        self.tally.count_end(timeline.phases(), failure.is_none(), self.streamed.get());
         drop(timeline);
         info.state = if failure.is_some() { SnapshotState::Damaged } else { SnapshotState::Whole };
         info.reason = failure.unwrap_or_default();
@@ -382,16 +399,6 @@ impl Record {
         self.images.borrow_mut().clear();
         self.dumping.set(false);
         self.ended.notify_waiters();
-    }
-
-    fn count_end(&self, well: bool) {
-        self.tally.ended.count(well);
-        if well {
-            let DumpDurations { stream, remote } = &self.tally.dumps;
-            let durations = if self.streamed.get() { stream } else { remote };
-            let begun = self.round_since.get().unwrap_or(self.dump_since.get());
-            durations.observe(begun.min(self.dump_since.get()).elapsed());
-        }
     }
 
     /// Tells whoever works on it to stop.
@@ -441,7 +448,6 @@ impl Record {
     pub fn joins(&self, before: &Record) {
         self.left.set(before.has_left_pages());
         self.timeline.replace(before.timeline.borrow().clone());
-        self.round_since.set(before.round_since.get());
     }
 
     fn is(&self, id: &str) -> bool {
