@@ -1,5 +1,6 @@
 //! The packages. The Debian package: built by Debian's own compiler without a network, twice, and installed on hosts
-//! that have nothing of the relay. The rpm: built in the same way, and held against it. Root is needed; `tests/all` runs these after building what they need:
+//! that have nothing of the relay. The rpm: built in the same way, and held against it. Root is needed. They are not part of
+//! `tests/all` yet; what they need:
 //!
 //! ```text
 //! cargo build --release --bins --examples

@@ -88,7 +88,7 @@ fn bar(svg: &mut String, part: &Part, (begun, ended): (u64, u64), y: u64) {
         note += ", failed";
     }
     let (where_, phase) = (role_word(part.daemon), part.phase.word());
-    let still = if part.phase == Name::Dump { " (it stands still)" } else { "" };
+    let still = if part.phase == Name::Dump { " (stands still)" } else { "" };
     let failed = if part.failed { " failed" } else { "" };
     let (width, height, base, after) = (to - from, ROW - 8, y + 14, to + 8);
     let _ = writeln!(
