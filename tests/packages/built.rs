@@ -55,16 +55,15 @@ fn build() -> PathBuf {
     dir
 }
 
-/// A field of the package.
-pub(crate) fn field(name: &str) -> String {
-    let package = package().to_str().unwrap();
-    ok(&["dpkg-deb", "--field", package, name]).trim().to_owned()
+/// A field of a package.
+pub(crate) fn field(package: &Path, name: &str) -> String {
+    ok(&["dpkg-deb", "--field", package.to_str().unwrap(), name]).trim().to_owned()
 }
 
-/// The package's files, unpacked; its own are below `DEBIAN`.
-pub(crate) fn unpacked() -> tempfile::TempDir {
+/// A package's files, unpacked; its own are below `DEBIAN`.
+pub(crate) fn unpacked(package: &Path) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let package = package().to_str().unwrap();
+    let package = package.to_str().unwrap();
     ok(&["dpkg-deb", "--raw-extract", package, dir.path().to_str().unwrap()]);
     dir
 }
@@ -72,10 +71,11 @@ pub(crate) fn unpacked() -> tempfile::TempDir {
 /// The same package as a higher version, without building it again: what is in the programs is not what an
 /// upgrade changes.
 pub(crate) fn higher_version() -> tempfile::TempDir {
-    let tree = unpacked();
+    let tree = unpacked(package());
     let control = tree.path().join("DEBIAN/control");
     let old = fs::read_to_string(&control).unwrap();
-    let new = old.replacen(&format!("Version: {}", field("Version")), "Version: 99.0-1", 1);
+    let new =
+        old.replacen(&format!("Version: {}", field(package(), "Version")), "Version: 99.0-1", 1);
     assert_ne!(old, new);
     fs::write(&control, new).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -112,4 +112,15 @@ pub(crate) fn install(bed: &Bed, host: Host, package: &Path) {
 pub(crate) fn state(bed: &Bed, host: Host) -> String {
     let query = bed.run(host, &["dpkg-query", "--show", "--showformat=${db:Status-Status}", NAME]);
     String::from_utf8_lossy(&query.stdout).trim().to_owned()
+}
+
+/// Runs what autopkgtest would, where the package is installed.
+#[track_caller]
+pub(crate) fn package_passes_its_tests(bed: &Bed, host: Host) {
+    for test in ["smoke", "migration"] {
+        let script = repository().join("packaging/debian/tests").join(test);
+        bed.copy(host, &script, "/tmp/test");
+        let run = "mkdir /tmp/work && AUTOPKGTEST_TMP=/tmp/work /tmp/test && rm -r /tmp/work";
+        bed.ok(host, &["sh", "-c", run]);
+    }
 }

@@ -5,7 +5,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::built::{NAME, field, files, ok, package, repository, unpacked};
+use crate::bed::Host;
+use crate::built::{
+    NAME, field, files, fresh_hosts, install, ok, package, package_passes_its_tests, repository,
+    unpacked,
+};
 
 const PROGRAMS: [&str; 3] = ["criu-image-proxy", "criu-image-cache", "criu-imagectl"];
 
@@ -28,28 +32,57 @@ fn the_package_has_what_the_install_script_installs() {
     ]);
     let installed = files(stage.path());
 
+    assert_eq!(packaged(package()), installed);
+}
+
+/// The files of a package under the names that the install script gives them.
+fn packaged(package: &Path) -> BTreeSet<String> {
     let doc = format!("/usr/share/doc/{NAME}");
-    let unpacked = unpacked();
-    let packaged: BTreeSet<_> = files(unpacked.path())
+    let debians = |path: &str| match path.strip_prefix(&doc) {
+        Some("/changelog.gz") => format!("{doc}/CHANGELOG.md"),
+        Some("/copyright") => format!("{doc}/LICENSE"),
+        _ => path.strip_suffix(".gz").unwrap_or(path).to_owned(),
+    };
+    let unpacked = unpacked(package);
+    files(unpacked.path())
         .into_iter()
-        .filter(|path| !path.starts_with("/DEBIAN/"))
-        // Debian's own, see packaging/debian/rules.
-        .filter(|path| !path.starts_with("/usr/share/lintian/"))
-        .filter(|path| *path != format!("{doc}/changelog.Debian.gz"))
-        .map(|path| {
-            if path == format!("{doc}/changelog.gz") { format!("{doc}/CHANGELOG.md") } else { path }
-        })
-        .map(
-            |path| if path == format!("{doc}/copyright") { format!("{doc}/LICENSE") } else { path },
-        )
-        .map(|path| path.strip_suffix(".gz").map_or(path.clone(), ToOwned::to_owned))
-        .collect();
-    assert_eq!(packaged, installed);
+        .filter(|path| !path.starts_with("/DEBIAN/") && !path.starts_with("/usr/share/lintian/"))
+        .filter(|path| !path.ends_with("/changelog.Debian.gz"))
+        .map(|path| debians(&path))
+        .collect()
+}
+
+/// The one made by cargo-deb, which needs no more than a Rust toolchain.
+#[test]
+fn the_convenience_package_has_the_same_files_and_says_the_same() {
+    let tool = ok(&[repository().join("tests/bed/cargo-deb")]);
+    let path = format!("PATH={}:{}", tool.trim(), std::env::var("PATH").unwrap());
+    let script = repository().join("packaging/cargo-deb");
+    let made = ok(&["env", &path, script.to_str().unwrap()]);
+    let made = Path::new(made.lines().last().unwrap());
+    assert_eq!(packaged(made), packaged(package()));
+
+    let [ours, debians] = [made, package()].map(unpacked);
+    for name in ["conffiles", "prerm"] {
+        let [ours, debians] = [&ours, &debians]
+            .map(|dir| std::fs::read_to_string(dir.path().join("DEBIAN").join(name)).unwrap());
+        assert_eq!(ours, debians, "{name}");
+    }
+    for name in ["Version", "Section", "Recommends", "Architecture"] {
+        assert_eq!(field(made, name), field(package(), name), "{name}");
+    }
+    // What comes after the line that is a summary.
+    let text = |package| field(package, "Description").split_once("\n CRIU").unwrap().1.to_owned();
+    assert_eq!(text(made), text(package()));
+
+    let bed = fresh_hosts(None);
+    install(&bed, Host::A, made);
+    package_passes_its_tests(&bed, Host::A);
 }
 
 #[test]
 fn all_configuration_is_the_administrators() {
-    let unpacked = unpacked();
+    let unpacked = unpacked(package());
     let conffiles = std::fs::read_to_string(unpacked.path().join("DEBIAN/conffiles")).unwrap();
     let below_etc: BTreeSet<_> =
         files(unpacked.path()).into_iter().filter(|path| path.starts_with("/etc/")).collect();
@@ -59,7 +92,7 @@ fn all_configuration_is_the_administrators() {
 
 #[test]
 fn the_programs_need_no_newer_libraries_than_debian_12_has() {
-    let depends = field("Depends");
+    let depends = field(package(), "Depends");
     let libc = depends.split(", ").find_map(|one| one.strip_prefix("libc6 (>= ")).unwrap();
     let (_, minor) = libc.trim_end_matches(')').split_once('.').unwrap();
     assert!(minor.parse::<u32>().unwrap() <= 36, "{depends}");
@@ -90,7 +123,7 @@ fn each_program_lists_the_crates_that_it_is_made_of() {
         .iter()
         .map(|package| (text(&package["name"]), text(&package["version"])))
         .collect();
-    let unpacked = unpacked();
+    let unpacked = unpacked(package());
     let third_party = format!("usr/share/doc/{NAME}/third-party.txt.gz");
     let licences = ok(&["zcat", unpacked.path().join(third_party).to_str().unwrap()]);
     for program in PROGRAMS {

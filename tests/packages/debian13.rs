@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use crate::bed::{BOTH, Bed, Host};
-use crate::built::{NAME, fresh_hosts, higher_version, install, package, repository, state};
+use crate::built::{
+    NAME, fresh_hosts, higher_version, install, package, package_passes_its_tests, state,
+};
 
 /// The sockets of a host's daemon that its users enable.
 fn sockets(host: Host) -> Vec<String> {
@@ -170,10 +172,5 @@ fn is_everybodys(path: &str) -> bool {
 fn the_packages_own_tests_pass_where_it_is_installed() {
     let bed = fresh_hosts(None);
     install(&bed, Host::A, package());
-    for test in ["smoke", "migration"] {
-        let script = repository().join("packaging/debian/tests").join(test);
-        bed.copy(Host::A, &script, "/tmp/test");
-        let run = "mkdir /tmp/work && AUTOPKGTEST_TMP=/tmp/work /tmp/test && rm -r /tmp/work";
-        bed.ok(Host::A, &["sh", "-c", run]);
-    }
+    package_passes_its_tests(&bed, Host::A);
 }
