@@ -88,8 +88,8 @@ fn a_daemon_that_goes_and_comes_is_waited_for_and_one_that_is_not_there_is_not()
 fn on_a_terminal_it_is_drawn_over_and_ctrl_c_ends_it() {
     let hosts = Hosts::start();
     let socket = hosts.cache.dir().join(CONTROL_SOCKET);
-    let command = format!("{CTL} --socket {} status --watch 200ms", socket.display());
-    // script(1) gives it a terminal, and says its exit status.
+    let command = format!("exec {CTL} --socket {} status --watch 200ms", socket.display());
+    // script(1) gives it a terminal, and says the exit status: of the shell, which Ctrl-C would end as well.
     let mut script = Command::new("script")
         .args(["--quiet", "--return", "--command", &command, "/dev/null"])
         .stdin(Stdio::piped())
