@@ -139,13 +139,21 @@ fn nothing_is_left_after_a_purge() {
     enable.extend(sockets(Host::B));
     bed.ok(Host::B, &enable);
     bed.ok(Host::B, &["criu-imagectl", "status"]);
-    assert_ne!(active(&bed, Host::B), "");
+    // An instance too, whose configuration is the administrator's own.
+    let (plain, own) = ("cache.toml", "cache@rack7.toml");
+    let copy = format!("cd /etc/criu-image-relay && cp {plain} {own}");
+    bed.ok(Host::B, &["sh", "-c", &copy]);
+    let control = "criu-image-cache-control@rack7.socket";
+    bed.ok(Host::B, &["systemctl", "enable", "--now", control]);
+    bed.ok(Host::B, &["criu-imagectl", "--instance", "rack7", "status"]);
+    assert!(active(&bed, Host::B).contains("criu-image-cache@rack7.service"));
 
     bed.ok(Host::B, &["apt-get", "remove", "-q", "-y", NAME]);
     assert_eq!(state(&bed, Host::B), "config-files");
     assert_eq!(active(&bed, Host::B), "");
     bed.ok(Host::B, &["grep", "^insecure = true", "/etc/criu-image-relay/cache.toml"]);
 
+    bed.ok(Host::B, &["rm", &format!("/etc/criu-image-relay/{own}")]);
     bed.ok(Host::B, &["apt-get", "purge", "-q", "-y", NAME]);
     assert_eq!(state(&bed, Host::B), "");
     assert_nothing_failed(&bed, Host::B);
