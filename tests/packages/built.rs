@@ -84,6 +84,15 @@ pub(crate) fn higher_version() -> tempfile::TempDir {
     dir
 }
 
+/// Name and version of each crate in `Cargo.lock`.
+pub(crate) fn locked_crates() -> BTreeSet<(String, String)> {
+    let lock = fs::read_to_string(repository().join("Cargo.lock")).unwrap();
+    let lock: toml::Value = toml::from_str(&lock).unwrap();
+    let text = |value: &toml::Value| value.as_str().unwrap().to_owned();
+    let packages = lock["package"].as_array().unwrap().iter();
+    packages.map(|package| (text(&package["name"]), text(&package["version"]))).collect()
+}
+
 /// All files below a directory, as paths below it.
 pub(crate) fn files(dir: &Path) -> BTreeSet<String> {
     let list = ok(&["find", dir.to_str().unwrap(), "-type", "f", "-printf", "/%P\\n"]);

@@ -7,11 +7,11 @@ use serde_json::Value;
 
 use crate::bed::Host;
 use crate::built::{
-    NAME, field, files, fresh_hosts, install, ok, package, package_passes_its_tests, repository,
-    unpacked,
+    NAME, field, files, fresh_hosts, install, locked_crates, ok, package, package_passes_its_tests,
+    repository, unpacked,
 };
 
-const PROGRAMS: [&str; 3] = ["criu-image-proxy", "criu-image-cache", "criu-imagectl"];
+pub(crate) const PROGRAMS: [&str; 3] = ["criu-image-proxy", "criu-image-cache", "criu-imagectl"];
 
 /// Made twice by Debian 13's compiler without a network, after the tests that need no root; the same bytes both
 /// times; nothing for lintian to complain about.
@@ -99,7 +99,7 @@ fn the_programs_need_no_newer_libraries_than_debian_12_has() {
 }
 
 /// As a scanner of vulnerabilities reads it.
-fn crates_in(program: &Path) -> BTreeSet<(String, String)> {
+pub(crate) fn crates_in(program: &Path) -> BTreeSet<(String, String)> {
     let section = tempfile::NamedTempFile::new().unwrap();
     let dump = format!(".dep-v0={}", section.path().display());
     ok(&["objcopy", "--dump-section", &dump, program.to_str().unwrap(), "/dev/null"]);
@@ -114,15 +114,7 @@ fn crates_in(program: &Path) -> BTreeSet<(String, String)> {
 
 #[test]
 fn each_program_lists_the_crates_that_it_is_made_of() {
-    let lock = std::fs::read_to_string(repository().join("Cargo.lock")).unwrap();
-    let lock: toml::Value = toml::from_str(&lock).unwrap();
-    let text = |value: &toml::Value| value.as_str().unwrap().to_owned();
-    let locked: BTreeSet<_> = lock["package"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|package| (text(&package["name"]), text(&package["version"])))
-        .collect();
+    let locked = locked_crates();
     let unpacked = unpacked(package());
     let third_party = format!("usr/share/doc/{NAME}/third-party.txt.gz");
     let licences = ok(&["zcat", unpacked.path().join(third_party).to_str().unwrap()]);

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::bed::{Bed, Host};
-use crate::built::{NAME, fresh_hosts, ok, package, repository};
+use crate::built::{NAME, fresh_hosts, locked_crates, ok, package, repository};
+use crate::content::{PROGRAMS, crates_in};
 
 /// The directory that `packaging/build-rpm` filled, at the first call, with all tests of the spec file's %check;
 /// `CRIU_IMAGE_RELAY_RPMS` names one to take instead, for work on these tests.
@@ -135,26 +136,27 @@ fn the_licence_of_the_rpm_has_those_of_all_crates() {
     assert_eq!(listed, tag);
 }
 
+/// What follows a plus sign is not compared, and no rpm can have it.
+fn without_build((name, version): (String, String)) -> (String, String) {
+    (name, version.split('+').next().unwrap().to_owned())
+}
+
 #[test]
-fn the_rpm_says_which_crates_it_has_in_itself() {
-    let lock = fs::read_to_string(repository().join("Cargo.lock")).unwrap();
-    let lock: toml::Value = toml::from_str(&lock).unwrap();
-    let text = |value: &toml::Value| value.as_str().unwrap().to_owned();
-    let packages = lock["package"].as_array().unwrap().iter();
-    let locked: BTreeSet<_> = packages
-        .map(|one| (text(&one["name"]), text(&one["version"])))
-        // What follows a plus sign is no part of the version.
-        .map(|(name, version)| (name, version.split('+').next().unwrap().to_owned()))
-        .collect();
+fn the_rpm_says_which_crates_it_has_in_itself_and_its_programs_do() {
     let provides = query("[%{PROVIDENEVRS}\n]");
     let bundled: BTreeSet<_> = provides
         .lines()
         .filter_map(|line| line.strip_prefix("bundled(crate(")?.split_once(")) = "))
         .map(|(name, version)| (name.to_owned(), version.to_owned()))
         .collect();
+    let locked: BTreeSet<_> = locked_crates().into_iter().map(without_build).collect();
     assert!(bundled.is_subset(&locked), "{:?}", bundled.difference(&locked));
-    for name in ["tokio", "rustix", "prost", "zlink"] {
-        assert!(bundled.iter().any(|one| one.0 == name), "{name}");
+    for program in PROGRAMS {
+        let crates = crates_in(&installed().join("usr/bin").join(program)).into_iter();
+        let crates: BTreeSet<_> =
+            crates.map(without_build).filter(|(name, _)| name != NAME).collect();
+        assert!(crates.iter().any(|(name, _)| name == "tokio"), "{program}: {crates:?}");
+        assert!(crates.is_subset(&bundled), "{program}: {:?}", crates.difference(&bundled));
     }
 }
 
