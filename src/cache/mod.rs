@@ -126,7 +126,12 @@ impl Cache {
             Err(why) => {
                 self.figures.refusals.count(Reason::from(&why));
                 let message_id = journal::PEER_REFUSED;
-                tracing::warn!(message_id, "a link from a unix socket is refused: {why}");
+                let criu_reason = why.to_string();
+                tracing::warn!(
+                    message_id,
+                    criu_reason,
+                    "a link from a unix socket is refused: {why}"
+                );
             }
         }
     }

@@ -54,7 +54,7 @@ fn names_that_are_no_file_names_end_their_dump() {
         ("", "it is empty"),
         (&"n".repeat(256), "it is longer than 255 bytes"),
     ] {
-        assert_refused(|dump| drop(dump.create(name)), &["a bad image name", why]);
+        assert_refused(|dump| drop(dump.try_create(name)), &["a bad image name", why]);
     }
 }
 

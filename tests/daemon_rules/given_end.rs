@@ -32,6 +32,10 @@ fn an_idle_link_that_is_closed() {
             let proxy = on(&ours, PROXY, source.path());
             let cache = on(&theirs, CACHE, destination.path());
             drop((ours, theirs));
+            // What is not read yet when a link is closed resets it.
+            for dir in [&source, &destination] {
+                assert!(eventually(|| status(dir.path()).contains(" up: ")));
+            }
             let (first, then) =
                 if stopped_first == PROXY { (proxy, cache) } else { (cache, proxy) };
             first.signal(Signal::TERM);

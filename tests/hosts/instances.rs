@@ -3,13 +3,13 @@
 use crate::bed::{BOTH, Bed, Host, wait_until};
 use crate::handbook::{blocks, done};
 
-/// Takes a connection on port 9998 of this machine to a unix socket, as ssh does.
+/// Takes a connection on port 19996 of this machine to a unix socket, as ssh does.
 const TUNNEL: &str = "import socket, sys, threading
 def pass_on(one, other):
     while data := one.recv(1 << 16):
         other.sendall(data)
     other.shutdown(socket.SHUT_WR)
-listener = socket.create_server(('127.0.0.1', 9998))
+listener = socket.create_server(('127.0.0.1', 19996))
 while True:
     one = listener.accept()[0]
     other = socket.socket(socket.AF_UNIX)
@@ -30,7 +30,7 @@ fn set_up(bed: &Bed) {
     let [by_port, _] = <[_; 2]>::try_from(blocks("### Several on a host")).unwrap();
     done(bed, &by_port[..1]);
     let mut at_the_proxy = by_port[1].clone();
-    let edit = "sed -i 's|^cache = .*|cache = \"10.77.0.2:9998\"|' /etc/criu-image-relay/proxy@rack7.toml\n";
+    let edit = "sed -i 's|^cache = .*|cache = \"10.77.0.2:19996\"|' /etc/criu-image-relay/proxy@rack7.toml\n";
     let copied = at_the_proxy.1.find("systemctl").unwrap();
     at_the_proxy.1.insert_str(copied, edit);
     done(bed, &[at_the_proxy]);
@@ -98,7 +98,7 @@ fn without_a_port_a_tunnel_leads_to_the_link() {
         &[
             "bash",
             "-c",
-            "echo 'cache = \"127.0.0.1:9998\"' >/etc/criu-image-relay/proxy@rack7.toml",
+            "echo 'cache = \"127.0.0.1:19996\"' >/etc/criu-image-relay/proxy@rack7.toml",
         ],
     );
     start(&bed, Host::B, &["stream", "remote", "control", "link"]);

@@ -27,11 +27,14 @@ pub(crate) fn ok<S: AsRef<OsStr> + std::fmt::Debug>(command: &[S]) -> String {
     out
 }
 
-/// The package, built at the first call: twice, compared, and looked at by lintian.
+/// The package, built at the first call: twice, compared, and looked at by lintian. A build that failed is not tried
+/// again.
+#[track_caller]
 pub(crate) fn package() -> &'static Path {
-    static PACKAGE: OnceLock<PathBuf> = OnceLock::new();
-    PACKAGE.get_or_init(|| {
-        let dir = std::env::var_os("CRIU_IMAGE_RELAY_PACKAGES").map_or_else(build, PathBuf::from);
+    static PACKAGE: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let package = PACKAGE.get_or_init(|| {
+        let check = repository().join("packaging/check-reproducible");
+        let dir = made("CRIU_IMAGE_RELAY_PACKAGES", "packages", |dir| vec![check, dir.into()])?;
         let debs = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
         let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
         let mut found = debs.filter(|path| {
@@ -40,19 +43,29 @@ pub(crate) fn package() -> &'static Path {
         });
         let package = found.next().unwrap_or_else(|| panic!("no package in {}", dir.display()));
         assert_eq!(found.next(), None);
-        package
-    })
+        Some(package)
+    });
+    package.as_deref().expect("the package is there; the output of its build says why not")
 }
 
-/// Kept until the next run, to be looked at.
-fn build() -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("packages");
+/// The directory that the environment names in `given`, or a new one that is filled by a command, whose output is seen;
+/// that one is kept until the next run, to be looked at. Nothing if the command failed.
+pub(crate) fn made(
+    given: &str,
+    name: &str,
+    command: impl FnOnce(&Path) -> Vec<PathBuf>,
+) -> Option<PathBuf> {
+    if let Some(dir) = std::env::var_os(given) {
+        return Some(dir.into());
+    }
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     if dir.exists() {
         fs::remove_dir_all(&dir).unwrap();
     }
     fs::create_dir_all(&dir).unwrap();
-    ok(&[repository().join("packaging/check-reproducible"), dir.clone()]);
-    dir
+    let command = command(&dir);
+    let status = Command::new(&command[0]).args(&command[1..]).stdin(Stdio::null()).status();
+    status.unwrap().success().then_some(dir)
 }
 
 /// A field of a package.

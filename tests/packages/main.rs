@@ -1,6 +1,6 @@
 //! The packages. The Debian package: built by Debian's own compiler without a network, twice, and installed on hosts
-//! that have nothing of the relay. The rpm: built in the same way, and held against it. Root is needed. They are not part of
-//! `tests/all` yet; what they need:
+//! that have nothing of the relay, where the first steps of the README are run as they are written. The rpm: built in the same
+//! way, and held against it. Root is needed, and:
 //!
 //! ```text
 //! cargo build --release --bins --examples
@@ -22,4 +22,5 @@ mod built;
 mod content;
 mod debian12;
 mod debian13;
+mod getting_started;
 mod rpm;

@@ -7,22 +7,21 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::bed::{Bed, Host};
-use crate::built::{NAME, fresh_hosts, locked_crates, ok, package, repository};
+use crate::built::{NAME, fresh_hosts, locked_crates, made, ok, package, repository};
 use crate::content::{PROGRAMS, crates_in};
 
 /// The directory that `packaging/build-rpm` filled, at the first call, with all tests of the spec file's %check;
 /// `CRIU_IMAGE_RELAY_RPMS` names one to take instead, for work on these tests.
+#[track_caller]
 fn built() -> &'static Path {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        if let Some(dir) = std::env::var_os("CRIU_IMAGE_RELAY_RPMS") {
-            return dir.into();
-        }
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("rpm");
+    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
         let build = repository().join("packaging/build-rpm");
-        ok(&["env", "XZ_OPT=-0", build.to_str().unwrap(), "--debian", dir.to_str().unwrap()]);
-        dir
-    })
+        // Packed for these tests only.
+        let command = ["env".into(), "XZ_OPT=-0".into(), build, "--debian".into()];
+        made("CRIU_IMAGE_RELAY_RPMS", "rpm", |dir| [&command[..], &[dir.into()]].concat())
+    });
+    built.as_deref().expect("the rpm is there; the output of its build says why not")
 }
 
 /// Runs a command in the Debian tree that has rpm's tools; the directory of the build is the current one.

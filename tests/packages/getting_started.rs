@@ -1,45 +1,8 @@
 //! The first steps, as they are written: every line of the `console` blocks of the README and of
 //! `docs/getting-started.md` is run on two fresh hosts, on the one whose prompt it has.
-//!
-//! ```text
-//! cargo test --release --test getting_started -- --test-threads=1
-//! ```
-//!
-//! The package that they install is `$CRIU_IMAGE_RELAY_DEB`, or what `packaging/build-deb` makes and
-//! names in the last line that it prints.
 
-// A test's helpers fail by panicking, too.
-#![allow(clippy::unwrap_used)]
-
-#[path = "hosts/bed.rs"]
-#[allow(dead_code)]
-mod bed;
-
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::OnceLock;
-
-use bed::{BOTH, Bed, Host, wait_until};
-
-fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// The package under test.
-fn package() -> &'static Path {
-    static PACKAGE: OnceLock<PathBuf> = OnceLock::new();
-    PACKAGE.get_or_init(|| {
-        if let Some(path) = std::env::var_os("CRIU_IMAGE_RELAY_DEB") {
-            return path.into();
-        }
-        let script = repository().join("packaging/build-deb");
-        let made = Command::new(&script).stderr(Stdio::inherit()).output();
-        let made = made.unwrap_or_else(|error| panic!("{}: {error}", script.display()));
-        assert!(made.status.success(), "{}: {}", script.display(), made.status);
-        let said = String::from_utf8(made.stdout).unwrap();
-        repository().join(said.lines().last().expect("the package's path"))
-    })
-}
+use crate::bed::{BOTH, Bed, Host, wait_until};
+use crate::built::{package, repository};
 
 /// The commands of a page, each with the host that it is for: the lines of its `console` blocks that
 /// have a prompt. One that ends with a backslash goes on in the next line.
@@ -62,7 +25,7 @@ fn commands(page: &str) -> Vec<(Host, String)> {
 /// Runs the commands of a page on fresh hosts, each in a shell of root's, in its home. None may wait for
 /// long.
 fn follow(page: &str) -> Bed {
-    let bed = Bed::boot();
+    let bed = Bed::bare(None);
     for host in BOTH {
         bed.copy(host, package(), "/root/");
     }
