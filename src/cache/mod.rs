@@ -6,7 +6,7 @@
 //! - [`remote`]: one client that names what it reads.
 //! - `pages`: one client that asks for pages, as CRIU's lazy-pages daemon does.
 //! - [`restore`]: one CRIU run, as a list of phases; `fill` is an image on its way out.
-//! - `figures`: what a scrape shows.
+//! - `figures`: what a scrape shows. `keeping`: what systemd keeps while there is no cache.
 
 pub mod link;
 pub mod remote;
@@ -17,6 +17,7 @@ mod control;
 mod figures;
 mod fill;
 mod incoming;
+mod keeping;
 mod pages;
 mod regions;
 mod rounds;
@@ -50,6 +51,7 @@ use crate::sys::clock::now_ms;
 use crate::sys::connected::{self, Stream};
 
 use figures::Figures;
+use keeping::Keeping;
 use pages::Whose;
 use restore::Source;
 
@@ -70,6 +72,7 @@ pub struct Cache {
     /// Bytes that restores have read.
     served: Cell<u64>,
     figures: Figures,
+    keeping: Keeping,
     started_ms: u64,
 }
 
@@ -86,6 +89,7 @@ impl Cache {
             read: RefCell::default(),
             served: Cell::new(0),
             figures: Figures::default(),
+            keeping: Keeping::default(),
             started_ms: now_ms(),
             settings: RefCell::new(Rc::new(settings)),
         })
@@ -133,6 +137,14 @@ impl Cache {
                     "a link from a unix socket is refused: {why}"
                 );
             }
+        }
+    }
+
+    /// Has systemd keep what is whole, as long as the cache runs.
+    async fn keep(self: Rc<Self>) {
+        let mut changed = self.store.watch();
+        while changed.changed().await.is_ok() {
+            self.keeping.follow(&self.store);
         }
     }
 
@@ -255,6 +267,10 @@ impl Daemon for Cache {
         let max_clients = permits(settings.remote.max);
         let max_scrapes = permits(metrics::CLIENTS_MAX);
         let cache = Cache::new(settings);
+        cache.keeping.begin(&cache.store, sockets.kept);
+        if cache.keeping.is_on() {
+            tokio::task::spawn_local(cache.clone().keep());
+        }
         for listener in sockets.stream {
             let serving = cache.clone();
             let serve = move |socket| serving.clone().serve(socket);
@@ -355,7 +371,17 @@ impl Daemon for Cache {
     }
 
     fn farewell(&self) {
+        self.keeping.follow(&self.store);
         self.store.for_each(|snapshot| {
+            if self.store.key_of(&snapshot.id).is_some_and(|key| self.keeping.has(key)) {
+                let (message_id, id) = (journal::SNAPSHOT_LEFT, snapshot.id.as_str());
+                tracing::info!(
+                    message_id,
+                    criu_snapshot = id,
+                    "snapshot {id} is left to systemd's file descriptor store"
+                );
+                return;
+            }
             let criu_reason = match snapshot.state {
                 State::Whole(_) => "the cache was stopped before a restore took it",
                 State::Paged => "the cache was stopped while it held pages of it",

@@ -23,6 +23,12 @@ pub const SNAPSHOT_DROPPED: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f805";
 pub const SNAPSHOT_EXPIRED: &str = "34684c7e310a4968a1976c589df68e63";
 /// The cache has ended, and with it a snapshot that nobody had taken.
 pub const SNAPSHOT_LOST: &str = "2048f6e7ddb84483ba47e8fc626bcc68";
+/// The cache has ended, and a snapshot that nobody had taken is with systemd.
+pub const SNAPSHOT_LEFT: &str = "1ea9dfe619d54d54870f80bd1f57e852";
+/// A snapshot that systemd kept while the cache did not run is held again.
+pub const SNAPSHOT_HELD_AGAIN: &str = "84a7d697ee804504b53bd681f6f74efb";
+/// A snapshot is held, but systemd does not keep it as well.
+pub const SNAPSHOT_NOT_KEPT: &str = "043a7686e460426396d0a0b998087290";
 /// A cache holds a round of a snapshot's pages.
 pub const ROUND_HELD: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f809";
 /// A round of a snapshot's pages has failed. What was held before still is.

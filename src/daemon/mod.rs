@@ -1,9 +1,10 @@
 //! What both daemons need to be services: options, sockets, accepting, logs, readiness, notices to
-//! systemd, reload and an orderly end.
+//! systemd, what systemd keeps, reload and an orderly end.
 
 pub mod accept;
 mod background;
 pub mod cli;
+pub mod fd_store;
 pub mod given;
 pub mod handed_over;
 pub mod journal;

@@ -2,6 +2,7 @@
 //! that somebody else made.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -10,9 +11,10 @@ use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
 
+use super::fd_store;
 use crate::config::Endpoint;
 use crate::sys::connected::Connected;
-use crate::sys::unix;
+use crate::sys::{inherited, unix};
 
 /// Names of the sockets, as `FileDescriptorName=` has them.
 const STREAM: &str = "stream";
@@ -54,6 +56,8 @@ pub struct Sockets {
     pub link: Vec<Bound>,
     /// The link itself, where somebody else made it: nothing listens for another then.
     pub connected: Option<Connected>,
+    /// Files that systemd kept since the cache ran before, by the names they were [kept](super::fd_store) under.
+    pub kept: Vec<(String, File)>,
 }
 
 /// Why there are no sockets to serve.
@@ -135,7 +139,7 @@ impl Sockets {
             .map_err(SocketError::Environment)?
             .map(|(_, name)| name)
             .collect();
-        let by_itself = names.iter().all(|name| name == CONNECTION);
+        let by_itself = names.iter().all(|name| name == CONNECTION || fd_store::is_ours(name));
         let mut sockets = Sockets { connected: given, ..Sockets::default() };
         sockets.inherit(wanted, names)?;
         // With Accept=yes systemd has nothing else to hand over.
@@ -193,6 +197,10 @@ impl Sockets {
                 }
                 CONNECTION if wanted.link.is_some() => take_connected(&mut descriptors, index)
                     .map(|connected| self.connected = Some(connected)),
+                kept if wanted.link.is_some() && fd_store::is_ours(kept) => {
+                    inherited::take_file(&mut descriptors, index)
+                        .map(|file| self.kept.push((name.clone(), file.into())))
+                }
                 _ => {
                     let known = if wanted.link.is_some() {
                         "stream, remote, pages, metrics, control, link, connection"

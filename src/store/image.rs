@@ -86,6 +86,22 @@ impl Image {
         Ok(image)
     }
 
+    /// An image in a file that was kept while there was no cache: the first `len` bytes of it. `pages` holds them,
+    /// if they are pages, and the charge for them; `charge` is for the rest.
+    pub(super) fn kept(
+        name: &str,
+        file: Rc<File>,
+        len: u64,
+        pages: Option<Run>,
+        charge: Charge,
+    ) -> Image {
+        let pages = pages.map_or_else(OnceCell::new, OnceCell::from);
+        let image = Image::new(name, Bytes::Memfd { file, pages }, charge);
+        image.len.set(len);
+        image.end();
+        image
+    }
+
     fn new(name: &str, bytes: Bytes, charge: Charge) -> Image {
         Image {
             name: name.to_owned(),
@@ -135,6 +151,15 @@ impl Image {
         let part = self.part(0, self.len())?;
         let alone = part.offset == 0 && part.len == self.len() && first.len() == part.len;
         alone.then_some(part.file)
+    }
+
+    /// The memfd that is this image, and no other's pages but this image's are in it; the error is the index of
+    /// the pages that it is made of.
+    pub(super) fn memfd(&self) -> Result<&Rc<File>, &Index> {
+        match &self.bytes {
+            Bytes::Memfd { file, .. } => Ok(file),
+            Bytes::Pages { index, .. } => Err(index),
+        }
     }
 
     /// Where its bytes are from `offset` on: as many as follow each other in one file, at most `max` and

@@ -29,6 +29,14 @@ impl Lists {
         self.0.get(list).and_then(|hosts| hosts.get(&host)).map_or(&[], Vec::as_slice)
     }
 
+    /// The lists of a host that an id stands in.
+    pub(super) fn names_of(&self, id: &str, host: Host) -> Vec<String> {
+        let has = |hosts: &BTreeMap<Host, Vec<String>>| {
+            hosts.get(&host).is_some_and(|ids| ids.iter().any(|known| known == id))
+        };
+        self.0.iter().filter(|(_, hosts)| has(hosts)).map(|(name, _)| name.clone()).collect()
+    }
+
     /// Those that stand before an id in any list: its parents, and theirs.
     pub(super) fn parents(&self, id: &str) -> Vec<String> {
         let before = |ids: &Vec<String>| {

@@ -19,6 +19,7 @@ mod files;
 mod flat_images;
 mod flatten;
 mod image;
+mod kept;
 mod lists;
 pub mod pages;
 mod quota;
@@ -37,6 +38,7 @@ use tokio::sync::watch;
 pub use claim::{Claim, Unavailable};
 pub use files::NoFiles;
 pub use image::{Image, Part};
+pub use kept::{Again, Files, Kept, Lost};
 pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Sender, Snapshot, State};
@@ -203,6 +205,11 @@ impl Store {
     pub fn key_of(&self, id: &str) -> Option<Key> {
         let snapshots = self.snapshots.borrow();
         snapshots.iter().find(|(_, snapshot)| snapshot.id == id).map(|(key, _)| *key)
+    }
+
+    /// The id of a snapshot, while it is listed.
+    pub fn id(&self, key: Key) -> Option<String> {
+        self.look(key, |snapshot| snapshot.id.clone())
     }
 
     /// Resolves when the snapshot is no longer listed.
@@ -511,11 +518,16 @@ impl Store {
         if self.snapshots.borrow().len() as u64 >= limit {
             return Err(Refused::TooMany(limit));
         }
+        Ok(self.list_beyond(snapshot))
+    }
+
+    /// Lists a snapshot even beyond the limit.
+    fn list_beyond(&self, snapshot: Snapshot) -> Key {
         let key = Key(self.next_key.get());
         self.next_key.set(key.0 + 1);
         self.snapshots.borrow_mut().insert(key, snapshot);
         self.changed.send_replace(());
-        Ok(key)
+        key
     }
 
     fn look<T>(&self, key: Key, look: impl FnOnce(&Snapshot) -> T) -> Option<T> {

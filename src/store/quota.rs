@@ -129,6 +129,12 @@ impl Quota {
         self.try_charge(bytes).ok_or(refused)
     }
 
+    /// Charges bytes that are held already, even beyond the limit.
+    pub(super) fn charge_held(&self, bytes: u64) -> Charge {
+        self.0.used.set(self.used().saturating_add(bytes));
+        Charge { account: self.0.clone(), bytes }
+    }
+
     fn try_charge(&self, bytes: u64) -> Option<Charge> {
         let used = self.used().checked_add(bytes).filter(|used| *used <= self.limit())?;
         self.0.used.set(used);

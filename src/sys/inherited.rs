@@ -1,8 +1,10 @@
 //! Descriptors that a parent left open for this process and named by their numbers, as CRIU's
 //! `--status-fd` and `--ps-socket` do.
 
+use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use listenfd::ListenFd;
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 
 /// Why a descriptor cannot be taken.
@@ -38,6 +40,21 @@ pub(crate) fn take(number: RawFd) -> Result<OwnedFd, NotInherited> {
     // SAFETY: it is open, and nothing here owns it: what this process opens has FD_CLOEXEC from the
     // start (the standard library, rustix and tokio all see to it), and this one had not, so it was
     // inherited. It has the flag now, so that it is not taken a second time.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Takes the descriptor of that number from `listenfd`, which checks all but regular files itself.
+///
+/// To be called first thing in `main`, while there is one thread.
+#[allow(unsafe_code)]
+pub(crate) fn take_file(from: &mut ListenFd, index: usize) -> io::Result<OwnedFd> {
+    let number = from.take_raw_fd(index)?.ok_or(io::ErrorKind::NotFound)?;
+    // SAFETY: listenfd owns all descriptors from 3 on that systemd says are ours, and has given this one away: it gives
+    // none a second time, and closes none.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    // What is not open says so (EBADF).
+    fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
+    // SAFETY: as above; it is open.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 

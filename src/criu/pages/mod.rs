@@ -54,6 +54,11 @@ pub fn pages_image(pages_id: u32) -> String {
     format!("pages-{pages_id}.img")
 }
 
+/// Whether an image holds pages, by its name.
+pub fn is_pages_image(name: &str) -> bool {
+    pages_id(name).is_some()
+}
+
 /// The `pages_id` of an image, by its name; `None` if it holds no pages.
 pub fn pages_id(name: &str) -> Option<u32> {
     number(name.strip_prefix("pages-")?.strip_suffix(".img")?)?.try_into().ok()

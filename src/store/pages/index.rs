@@ -91,6 +91,11 @@ impl Index {
         Index(Tree::of(run))
     }
 
+    /// Adds a run that begins after all others.
+    pub(in crate::store) fn append(&mut self, run: Run) {
+        self.0 = Tree::concat(std::mem::take(&mut self.0), Tree::of(run));
+    }
+
     /// All pages of a range; the error is the address, in bytes, of the first that is not there.
     pub(super) fn slice(&self, range: PageRange) -> Result<Index, u64> {
         let slice = self.0.slice(range);

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use super::seen::Seen;
 use super::{PAGE, PageRange};
-use crate::store::quota::Charge;
+use crate::store::quota::{Charge, Quota};
 use crate::sys::memfd;
 
 /// A file has at most this many pages: its length is signed (lseek(2)).
@@ -53,6 +53,42 @@ impl Layer {
         Some(Run::new(&layer, all, 0, 0))
     }
 
+    /// A layer in a file that was kept while there was no cache. What of it is [held](Self::hold) is charged for.
+    pub(in crate::store) fn kept(file: &Rc<File>) -> std::io::Result<Rc<Layer>> {
+        Ok(Rc::new(Layer {
+            file: file.clone(),
+            end: Cell::new(file.metadata()?.len() / PAGE),
+            seen: RefCell::default(),
+            charge: RefCell::default(),
+        }))
+    }
+
+    /// Pages of a layer that was [kept](Self::kept), from the one at `offset` on, as those of a range; they are
+    /// charged for as far as nobody else holds them. `None` if the layer has not so many.
+    pub(in crate::store) fn hold(
+        self: &Rc<Layer>,
+        range: PageRange,
+        offset: u64,
+        quota: &Quota,
+    ) -> Option<Run> {
+        let end = offset.checked_add(range.pages()).filter(|end| *end <= self.end.get())?;
+        let more = quota.charge_held(self.seen.borrow().unseen(offset..end) * PAGE);
+        self.join_charge(more);
+        Some(Run::new(self, range, offset, 0))
+    }
+
+    fn join_charge(&self, more: Charge) {
+        match &mut *self.charge.borrow_mut() {
+            Some(charge) => charge.join(more),
+            none => *none = Some(more),
+        }
+    }
+
+    /// The file, to be kept while there is no cache.
+    pub(in crate::store) fn shared_file(&self) -> &Rc<File> {
+        &self.file
+    }
+
     /// The file that holds the pages.
     pub fn file(&self) -> &File {
         &self.file
@@ -83,10 +119,7 @@ impl Layer {
         let offset = self.end.get();
         let end = offset.checked_add(range.pages()).filter(|end| *end <= PAGES_MAX)?;
         self.end.set(end);
-        match &mut *self.charge.borrow_mut() {
-            Some(charge) => charge.join(more),
-            none => *none = Some(more),
-        }
+        self.join_charge(more);
         Some(Run::new(self, range, offset, flags))
     }
 

@@ -39,6 +39,16 @@ impl Seen {
         unseen
     }
 
+    /// How many of these pages nobody sees.
+    pub(super) fn unseen(&self, range: Range<u64>) -> u64 {
+        let (mut at, mut count, mut unseen) = (range.start, self.before(range.start + 1), 0);
+        for (number, next) in self.from.range(range.start + 1..range.end) {
+            unseen += if count == 0 { number - at } else { 0 };
+            (at, count) = (*number, *next);
+        }
+        unseen + if count == 0 { range.end - at } else { 0 }
+    }
+
     /// Makes a number one at which the count may change.
     fn cut(&mut self, number: u64) {
         let before = self.before(number + 1);
@@ -102,6 +112,8 @@ mod tests {
                 }
                 let counts: Vec<usize> = (0..64).map(|page| seen.before(page + 1)).collect();
                 prop_assert_eq!(&counts, &model);
+                let free = model[5..30].iter().filter(|count| **count == 0).count() as u64;
+                prop_assert_eq!(seen.unseen(5..30), free);
                 let neighbours: Vec<usize> = seen.from.values().copied().collect();
                 prop_assert!(neighbours.windows(2).all(|pair| pair[0] != pair[1]));
             }

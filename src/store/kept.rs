@@ -1,0 +1,381 @@
+//! Whole snapshots as files that somebody keeps while there is no cache: systemd, in its file descriptor store.
+//!
+//! A *record* is a memfd that says what a snapshot is, and has the bytes of its small images, of which a
+//! dump has thousands. The bytes of all others stay in the files in which they are, which the record names;
+//! snapshots may share them.
+//!
+//! ```text
+//! record:  magic │ where the text begins │ small images … │ text (JSON): id, sender, images, where their bytes are
+//!          8      8                                         to the end
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::FileExt;
+use std::rc::Rc;
+
+use serde::{Deserialize, Serialize};
+
+use super::check::check;
+use super::image::Image;
+use super::pages::{Index, Layer, PAGE, PageRange, Run};
+use super::quota::{Charge, Quota};
+use super::snapshot::{Images, Sender, Snapshot, State};
+use super::{Key, Store};
+use crate::criu::names::{check_id, check_image, check_list};
+use crate::criu::pages::is_pages_image;
+use crate::sys::memfd;
+
+/// What a record begins with. The last is the version of the format: a cache that knows another one does
+/// not hold what is kept.
+const MAGIC: [u8; 8] = *b"criukp\0\x01";
+/// Length of what a record begins with, in bytes: the magic, and the text's place.
+const HEAD: u64 = 16;
+/// Images below this length, in bytes, are in the record itself. Most of a dump's images are, and few of its
+/// bytes: systemd keeps some thousand files for a service.
+const SMALL: u64 = 64 * 1024;
+
+/// A whole snapshot, to be kept.
+#[derive(Debug)]
+pub struct Kept {
+    /// What names the files, and has the small images.
+    pub record: File,
+    /// For the record's bytes.
+    pub charge: Charge,
+}
+
+/// Files that were kept, by their names.
+pub type Files = BTreeMap<String, Rc<File>>;
+
+/// What a record says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Text {
+    id: String,
+    sender: String,
+    host: Option<IpAddr>,
+    begun_ms: u64,
+    ended_ms: u64,
+    reserved: bool,
+    /// The lists of the sender's host that the id stands in.
+    lists: Vec<String>,
+    /// Smaller than that of snapshots which began later.
+    age: u64,
+    images: Vec<KeptImage>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct KeptImage {
+    name: String,
+    /// In bytes.
+    len: u64,
+    bytes: Place,
+}
+
+/// Where the bytes of an image are.
+#[derive(Debug, Serialize, Deserialize)]
+enum Place {
+    /// In the record, from this offset on.
+    Record(u64),
+    /// In a file of this name, from its beginning on.
+    File(String),
+    /// In pages of files: the name, the number of the first page there, and how many they are.
+    Pages(Vec<(String, u64, u64)>),
+}
+
+impl Store {
+    /// The snapshots that are whole and not taken, oldest first, with their images.
+    pub fn whole(&self) -> Vec<(Key, Rc<Images>)> {
+        let snapshots = self.snapshots.borrow();
+        let images = |snapshot: &Snapshot| match &snapshot.state {
+            State::Whole(images) => Some(images.clone()),
+            _ => None,
+        };
+        snapshots.iter().filter_map(|(key, known)| Some((*key, images(known)?))).collect()
+    }
+
+    /// Writes the record of a snapshot; `name` is asked for the name of each file that is to be kept with it.
+    /// `None` if it is not whole.
+    pub fn keep(
+        &self,
+        key: Key,
+        name: impl FnMut(&Rc<File>) -> String,
+    ) -> Option<io::Result<Kept>> {
+        let snapshots = self.snapshots.borrow();
+        let snapshot = snapshots.get(&key)?;
+        let State::Whole(images) = &snapshot.state else { return None };
+        let lists = self.lists.borrow().names_of(&snapshot.id, snapshot.sender.host);
+        Some(write(snapshot, images, key, lists, name).map(|record| {
+            let charge = self.quota.charge_held(len_of(&record));
+            Kept { record, charge }
+        }))
+    }
+
+    /// Holds the snapshots of some records again, as whole ones, even beyond the limits. For each its id and the
+    /// files that it needs, or why it cannot be held.
+    pub fn hold_again(&self, records: &[File], files: &Files) -> Vec<Result<Again, Lost>> {
+        let mut layers =
+            Layers { files, quota: &self.quota, known: BTreeMap::new(), held: Vec::new() };
+        let mut told: Vec<_> = records.iter().map(read).collect();
+        // As they came.
+        let age = |told: &Result<Text, Lost>| told.as_ref().map_or(0, |text| text.age);
+        let mut order: Vec<usize> = (0..records.len()).collect();
+        order.sort_by_key(|index| age(&told[*index]));
+        let mut listed = Vec::new();
+        let mut outcome: Vec<Option<Result<Again, Lost>>> = records.iter().map(|_| None).collect();
+        for index in order {
+            let text = std::mem::replace(&mut told[index], Err(Lost::default()));
+            outcome[index] = Some(text.and_then(|text| {
+                let lost = |why| Lost { id: Some(text.id.clone()), why };
+                let images = images(&text, &records[index], &mut layers).map_err(lost)?;
+                let images = Rc::new(images);
+                let key = self.list_again(&text, images.clone()).map_err(lost)?;
+                listed.push((text.ended_ms, key, text.host, text.lists.clone()));
+                let files = text.images.iter().flat_map(|image| image.bytes.files());
+                let charge = self.quota.charge_held(len_of(&records[index]));
+                let files = files.map(ToOwned::to_owned).collect();
+                Ok(Again { key, id: text.id, images, files, charge })
+            }));
+        }
+        // A parent was whole before what is based on it.
+        listed.sort();
+        for (_, key, host, lists) in listed {
+            let Some(id) = self.id(key) else { continue };
+            for list in lists {
+                self.lists.borrow_mut().append(&list, host, &id);
+            }
+        }
+        self.changed.send_replace(());
+        outcome.into_iter().flatten().collect()
+    }
+
+    fn list_again(&self, text: &Text, images: Rc<Images>) -> Result<Key, String> {
+        if self.key_of(&text.id).is_some() {
+            return Err("there is another of that id".to_owned());
+        }
+        let sender = Sender { name: text.sender.clone(), host: text.host };
+        let mut snapshot = Snapshot::new(&text.id, &sender, State::Whole(images));
+        snapshot.begun_ms = text.begun_ms;
+        snapshot.ended_ms = text.ended_ms;
+        snapshot.reserved = text.reserved;
+        Ok(self.list_beyond(snapshot))
+    }
+}
+
+/// A snapshot that is held again.
+#[derive(Debug)]
+pub struct Again {
+    /// Its key.
+    pub key: Key,
+    /// Its id.
+    pub id: String,
+    /// Its images.
+    pub images: Rc<Images>,
+    /// The files that it needs; some may be there several times.
+    pub files: Vec<String>,
+    /// For the record's bytes.
+    pub charge: Charge,
+}
+
+/// A snapshot that was kept and cannot be held again.
+#[derive(Debug, Default)]
+pub struct Lost {
+    /// Its id, if that is known.
+    pub id: Option<String>,
+    /// Why.
+    pub why: String,
+}
+
+impl Place {
+    fn files(&self) -> impl Iterator<Item = &str> {
+        let (file, pages) = match self {
+            Place::Record(_) => (None, &[][..]),
+            Place::File(name) => (Some(name.as_str()), &[][..]),
+            Place::Pages(pages) => (None, &pages[..]),
+        };
+        file.into_iter().chain(pages.iter().map(|(name, ..)| name.as_str()))
+    }
+}
+
+fn write(
+    snapshot: &Snapshot,
+    images: &Images,
+    key: Key,
+    lists: Vec<String>,
+    mut name: impl FnMut(&Rc<File>) -> String,
+) -> io::Result<File> {
+    let record: File = memfd::create(&format!("{} (record)", snapshot.id))?.into();
+    let mut end = HEAD;
+    let mut kept = Vec::new();
+    for image in images.values() {
+        let bytes = match image.memfd() {
+            _ if image.len() < SMALL => {
+                let begin = end;
+                end = copy(image, &record, begin)?;
+                Place::Record(begin)
+            }
+            Ok(file) => Place::File(name(file)),
+            Err(index) => Place::Pages(pages_of(index, &mut name)),
+        };
+        kept.push(KeptImage { name: image.name().to_owned(), len: image.len(), bytes });
+    }
+    let text = Text {
+        id: snapshot.id.clone(),
+        sender: snapshot.sender.name.clone(),
+        host: snapshot.sender.host,
+        begun_ms: snapshot.begun_ms,
+        ended_ms: snapshot.ended_ms,
+        reserved: snapshot.reserved,
+        lists,
+        age: key.0,
+        images: kept,
+    };
+    let text = serde_json::to_vec(&text)?;
+    record.write_all_at(&text, end)?;
+    record.write_all_at(&[MAGIC, end.to_le_bytes()].concat(), 0)?;
+    Ok(record)
+}
+
+/// What a record is charged for, in bytes.
+fn len_of(record: &File) -> u64 {
+    Image::needs(record.metadata().map_or(0, |metadata| metadata.len()))
+}
+
+/// Copies a small image to an offset of the record; returns where it ends.
+fn copy(image: &Image, record: &File, mut at: u64) -> io::Result<u64> {
+    let mut done = 0;
+    while let Some(part) = image.part(done, SMALL) {
+        let mut bytes = vec![0; usize::try_from(part.len).map_err(io::Error::other)?];
+        part.file.read_exact_at(&mut bytes, part.offset)?;
+        record.write_all_at(&bytes, at)?;
+        (done, at) = (done + part.len, at + part.len);
+    }
+    Ok(at)
+}
+
+fn pages_of(index: &Index, mut name: impl FnMut(&Rc<File>) -> String) -> Vec<(String, u64, u64)> {
+    let place = |run: &Rc<Run>| {
+        let file = name(run.layer().shared_file());
+        (file, run.offset() / PAGE, run.range().pages())
+    };
+    index.runs().map(place).collect()
+}
+
+fn read(record: &File) -> Result<Text, Lost> {
+    let text = read_text(record).map_err(|error| format!("its record cannot be read: {error}"));
+    let text = text.and_then(|text| match check_text(&text) {
+        Ok(()) => Ok(text),
+        Err(why) => Err(format!("its record is wrong: {why}")),
+    });
+    text.map_err(|why| Lost { id: None, why })
+}
+
+fn read_text(record: &File) -> io::Result<Text> {
+    let len = record.metadata()?.len();
+    let mut head = [0; HEAD as usize];
+    record.read_exact_at(&mut head, 0)?;
+    let (magic, begin) = head.split_at(MAGIC.len());
+    if magic != MAGIC {
+        return Err(io::Error::other("another version of this program wrote it"));
+    }
+    let begin = u64::from_le_bytes(begin.try_into().map_err(io::Error::other)?);
+    let cut = || io::Error::other("it is cut short");
+    let text = len.checked_sub(begin).ok_or_else(cut)?;
+    let mut bytes = vec![0; usize::try_from(text).map_err(io::Error::other)?];
+    record.read_exact_at(&mut bytes, begin)?;
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+fn check_text(text: &Text) -> Result<(), String> {
+    check_id(&text.id).map_err(|bad| bad.to_string())?;
+    text.lists.iter().try_for_each(|list| check_list(list)).map_err(|bad| bad.to_string())?;
+    let mut images = text.images.iter();
+    images.try_for_each(|image| check_image(&image.name)).map_err(|bad| bad.to_string())
+}
+
+fn images(text: &Text, record: &File, layers: &mut Layers<'_>) -> Result<Images, String> {
+    let mut images = Images::new();
+    for kept in &text.images {
+        let image = image(kept, record, layers)
+            .map_err(|error| format!("image {} cannot be held again: {error}", kept.name))?;
+        images.insert(kept.name.clone(), Rc::new(image));
+    }
+    // Whether it has an inventory was looked at when it came.
+    check(&images, true)?;
+    Ok(images)
+}
+
+fn image(kept: &KeptImage, record: &File, layers: &mut Layers<'_>) -> io::Result<Image> {
+    let cut = || io::Error::other("its bytes are not all there");
+    let KeptImage { name, len, bytes } = kept;
+    match bytes {
+        Place::Record(offset) => {
+            if *len >= SMALL {
+                return Err(io::Error::other("it is too large for where it is"));
+            }
+            let mut bytes = vec![0; usize::try_from(*len).map_err(io::Error::other)?];
+            record.read_exact_at(&mut bytes, *offset)?;
+            let charge = layers.quota.charge_held(Image::needs(*len));
+            Ok(Image::made_of(name, &bytes, charge)?)
+        }
+        Place::File(file) => {
+            let held = layers.file(file)?.clone();
+            if held.metadata()?.len() < *len {
+                return Err(cut());
+            }
+            // Another snapshot may show pages of it: then it goes when both have gone.
+            let pages = PageRange::between(0, len / PAGE).filter(|_| is_pages_image(name));
+            let pages = pages.map(|all| layers.hold(file, all, 0)?.ok_or_else(cut)).transpose()?;
+            let apart = pages.as_ref().map_or(0, |pages| pages.range().bytes());
+            let charge = layers.quota.charge_held(Image::needs(*len).saturating_sub(apart));
+            Ok(Image::kept(name, held, *len, pages, charge))
+        }
+        Place::Pages(places) => {
+            let (mut index, mut pages) = (Index::default(), 0u64);
+            for (file, offset, count) in places {
+                let end = pages.checked_add(*count).ok_or_else(cut)?;
+                let range = PageRange::between(pages, end).ok_or_else(cut)?;
+                let run = layers.hold(file, range, *offset)?.ok_or_else(cut)?;
+                index.append(run);
+                pages = end;
+            }
+            if pages.checked_mul(PAGE) != Some(*len) {
+                return Err(cut());
+            }
+            Ok(Image::of_pages(name, &index, layers.quota.charge_held(0))?)
+        }
+    }
+}
+
+/// The layers in files that were kept: one for each, whichever snapshots have pages in it.
+struct Layers<'a> {
+    files: &'a Files,
+    quota: &'a Quota,
+    known: BTreeMap<String, Rc<Layer>>,
+    /// All that was asked for, until everybody has asked: what is given back of a snapshot that is lost may be another's.
+    held: Vec<Run>,
+}
+
+impl Layers<'_> {
+    fn file(&self, name: &str) -> io::Result<&Rc<File>> {
+        self.files.get(name).ok_or_else(|| io::Error::other(format!("{name} was not kept")))
+    }
+
+    fn hold(&mut self, name: &str, range: PageRange, offset: u64) -> io::Result<Option<Run>> {
+        let layer = match self.known.get(name) {
+            Some(layer) => layer.clone(),
+            None => {
+                let layer = Layer::kept(self.file(name)?)?;
+                self.known.insert(name.to_owned(), layer.clone());
+                layer
+            }
+        };
+        let run = layer.hold(range, offset, self.quota);
+        self.held.extend(run.clone());
+        Ok(run)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,346 @@
+use std::time::Duration;
+
+use super::*;
+use crate::config::StoreSettings;
+use crate::criu::pages::Space;
+use crate::store::flat_images::flat_images;
+use crate::store::pages::Round;
+
+/// An image with one empty record, as CRIU begins them all.
+const RECORDS: &[u8] = b"\x19\x43\x56\x54\x16\x31\x31\x58\x00\x00\x00\x00";
+const TASK: Space = Space::Task(7);
+
+fn store() -> Rc<Store> {
+    Store::new(StoreSettings { max_bytes: 1 << 30, ..StoreSettings::default() })
+}
+
+fn sender() -> Sender {
+    Sender { name: "host-a".to_owned(), host: Some([192, 0, 2, 7].into()) }
+}
+
+async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) {
+    let image = store.begin_image(key, name, false).unwrap();
+    store.charge(key, &image, bytes.len() as u64).await.unwrap();
+    image.file().write_all_at(bytes, 0).unwrap();
+    image.grown_to(bytes.len() as u64);
+    image.end();
+}
+
+/// Bytes that are like no others, nor like themselves elsewhere.
+fn bytes(len: u64, seed: u64) -> Vec<u8> {
+    (0..len.div_ceil(8))
+        .flat_map(|word| (word * 0x9e37_79b9 + seed).to_le_bytes())
+        .take(usize::try_from(len).unwrap())
+        .collect()
+}
+
+async fn whole(store: &Rc<Store>, id: &str, images: &[(&str, Vec<u8>)]) -> Key {
+    let key = store.begin(id, &sender()).unwrap();
+    add(store, key, "inventory.img", RECORDS).await;
+    for (name, bytes) in images {
+        add(store, key, name, bytes).await;
+    }
+    store.complete(key, false).unwrap();
+    key
+}
+
+/// Pages that came in two rounds: of 64 every third came again.
+fn two_rounds(store: &Store) -> Images {
+    let add = |round: &mut Round<Space>, page: u64, count: u64, seed: u64| {
+        let range = PageRange::new(page * PAGE, count).unwrap();
+        let charge = store.quota().charge_now(range.bytes()).unwrap();
+        let place = round.accept(&TASK, range, 4, charge).unwrap();
+        place.layer().file().write_all_at(&bytes(range.bytes(), seed), place.offset()).unwrap();
+        round.filled(place);
+    };
+    let mut round = Round::new(None);
+    add(&mut round, 0, 64, 1);
+    let mut next = Round::new(Some(round.commit().unwrap()));
+    for page in (0..63).step_by(3) {
+        add(&mut next, page, 1, page + 100);
+        next.inherit(&TASK, PageRange::new((page + 1) * PAGE, 2).unwrap()).unwrap();
+    }
+    next.inherit(&TASK, PageRange::new(63 * PAGE, 1).unwrap()).unwrap();
+    let mut images = Images::new();
+    flat_images(&next.commit().unwrap(), &mut images, store.quota()).unwrap();
+    images
+}
+
+fn content(image: &Image) -> Vec<u8> {
+    let mut content = Vec::new();
+    while let Some(part) = image.part(content.len() as u64, u64::MAX) {
+        let mut bytes = vec![0; usize::try_from(part.len).unwrap()];
+        part.file.read_exact_at(&mut bytes, part.offset).unwrap();
+        content.extend(bytes);
+    }
+    content
+}
+
+fn contents(store: &Store, id: &str) -> BTreeMap<String, Vec<u8>> {
+    let images = store.find(id, |snapshot| snapshot.images().unwrap().clone()).unwrap();
+    images.iter().map(|(name, image)| (name.clone(), content(image))).collect()
+}
+
+/// What somebody keeps of snapshots: their records, and their files by names of its own.
+#[derive(Default)]
+struct Keeper {
+    records: Vec<File>,
+    files: Files,
+}
+
+impl Keeper {
+    fn keep(&mut self, store: &Store, key: Key) {
+        let files = &mut self.files;
+        let kept = store.keep(key, |file| {
+            let known = files.iter().find(|(_, known)| Rc::ptr_eq(known, file));
+            let name =
+                known.map_or_else(|| format!("image-{}", files.len()), |(name, _)| name.clone());
+            files.insert(name.clone(), file.clone());
+            name
+        });
+        self.records.push(kept.unwrap().unwrap().record);
+    }
+
+    /// As it gets them after the cache: other descriptors of the same files.
+    fn passed_on(&self) -> Files {
+        let again = |file: &Rc<File>| Rc::new(file.try_clone().unwrap());
+        self.files.iter().map(|(name, file)| (name.clone(), again(file))).collect()
+    }
+
+    fn again(&self, store: &Store) -> Vec<Result<Again, Lost>> {
+        store.hold_again(&self.records, &self.passed_on())
+    }
+}
+
+/// A copy of a record that says something else.
+fn with_text(record: &File, change: impl FnOnce(&mut Text)) -> File {
+    let mut text = read_text(record).unwrap();
+    change(&mut text);
+    let mut head = [0; HEAD as usize];
+    record.read_exact_at(&mut head, 0).unwrap();
+    let begin = u64::from_le_bytes(head[8..].try_into().unwrap());
+    let mut bytes = vec![0; usize::try_from(begin).unwrap()];
+    record.read_exact_at(&mut bytes, 0).unwrap();
+    let copy: File = memfd::create("record").unwrap().into();
+    let text = serde_json::to_vec(&text).unwrap();
+    copy.write_all_at(&[bytes, text].concat(), 0).unwrap();
+    copy
+}
+
+#[tokio::test]
+async fn what_is_held_again_is_what_was_kept() {
+    let before = store();
+    let images = [
+        ("core-7.img", RECORDS.to_vec()),
+        ("empty.img-not", Vec::new()),
+        ("pages-1.img", bytes(100 * PAGE, 5)),
+        ("pages-2.img", bytes(2 * PAGE, 6)),
+        ("ghost-file-1.img", [RECORDS, &bytes(200_001, 7)].concat()),
+    ];
+    // Not what CRIU writes: its length is looked at all the same.
+    let images: Vec<_> =
+        images.into_iter().filter(|(name, _)| !name.starts_with("ghost")).collect();
+    let web = whole(&before, "web", &images).await;
+    let db = whole(&before, "db", &[]).await;
+    before.append_to_list(web, "rack").unwrap();
+    before.append_to_list(db, "rack").unwrap();
+    before.reserve(db);
+    let mut keeper = Keeper::default();
+    // In an order of its own.
+    keeper.keep(&before, db);
+    keeper.keep(&before, web);
+    assert_eq!(keeper.files.len(), 1, "all but one image are small");
+
+    let after = store();
+    let ids: Vec<_> = keeper.again(&after).into_iter().map(|again| again.unwrap().id).collect();
+    assert_eq!(ids, ["db", "web"]);
+    for id in ["web", "db"] {
+        assert!(contents(&after, id) == contents(&before, id));
+        let told = |store: &Store| {
+            let told = |known: &Snapshot| {
+                (known.sender.clone(), known.begun_ms, known.ended_ms, known.reserved)
+            };
+            store.find(id, told).unwrap()
+        };
+        assert_eq!(told(&after), told(&before), "{id}");
+    }
+    assert_eq!(after.list_ids("rack"), ["web", "db"]);
+    // The oldest comes first again.
+    assert_eq!(after.claim_oldest().unwrap().id().unwrap(), "web");
+}
+
+#[tokio::test]
+async fn pages_of_several_rounds_are_held_where_they_are_and_shared() {
+    let before = store();
+    let key = whole(&before, "web", &[]).await;
+    let pages = two_rounds(&before);
+    before.update(key, |snapshot| {
+        let State::Whole(images) = &mut snapshot.state else { panic!() };
+        Rc::make_mut(images).extend(pages);
+    });
+    let mut keeper = Keeper::default();
+    keeper.keep(&before, key);
+    assert_eq!(keeper.files.len(), 2, "the layers of two rounds");
+    let expected = contents(&before, "web");
+    let held: u64 = before.quota().used();
+
+    // The same files for two: what one gives back the other still has.
+    let after = store();
+    let files = keeper.passed_on();
+    let mut again = after.hold_again(&keeper.records, &files);
+    again.pop().unwrap().unwrap();
+    assert!(contents(&after, "web") == expected);
+    assert_eq!(after.quota().used(), held, "each page is charged for once");
+    assert!(after.files(after.key_of("web").unwrap()).await.is_ok());
+    assert!(contents(&after, "web") == expected);
+    after.drop_snapshot("web");
+    assert_eq!(after.quota().used(), 0);
+}
+
+#[tokio::test]
+async fn a_pages_image_stays_while_another_snapshot_shows_pages_of_it() {
+    let before = store();
+    let parent = whole(&before, "parent", &[("pages-1.img", bytes(32 * PAGE, 1))]).await;
+    let child = whole(&before, "child", &[]).await;
+    // As an incremental dump has them that was flattened.
+    let shown =
+        before.find("parent", |known| known.images().unwrap()["pages-1.img"].clone()).unwrap();
+    let mut index = Index::default();
+    shown.pages(8, 20).into_iter().for_each(|run| index.append(run));
+    let image = Image::of_pages("pages-1.img", &index, before.quota().nothing()).unwrap();
+    let expected = content(&image);
+    drop((shown, index));
+    before.update(child, |snapshot| {
+        let State::Whole(images) = &mut snapshot.state else { panic!() };
+        Rc::make_mut(images).insert("pages-1.img".to_owned(), Rc::new(image));
+    });
+    let mut keeper = Keeper::default();
+    keeper.keep(&before, parent);
+    keeper.keep(&before, child);
+    assert_eq!(keeper.files.len(), 1);
+
+    // The parent is lost, and that is no loss for the child.
+    let after = store();
+    let good = keeper.records[0].try_clone().unwrap();
+    keeper.records[0] = with_text(&good, |text| {
+        text.images[0].len += 9;
+        text.images.reverse();
+    });
+    let again = keeper.again(&after);
+    assert!(again[0].is_err() && again[1].is_ok());
+    assert!(contents(&after, "child")["pages-1.img"] == expected);
+    std::mem::forget(after);
+    keeper.records[0] = good;
+
+    let after = store();
+    drop(keeper.again(&after));
+    after.drop_snapshot("parent");
+    assert!(contents(&after, "child")["pages-1.img"] == expected);
+    after.drop_snapshot("child");
+    assert_eq!(after.quota().used(), 0);
+}
+
+#[tokio::test]
+async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
+    let before = store();
+    let key = whole(&before, "web", &[("pages-1.img", bytes(32 * PAGE, 1))]).await;
+    let good = whole(&before, "db", &[]).await;
+    let text = |change: fn(&mut Text)| {
+        let mut keeper = Keeper::default();
+        keeper.keep(&before, key);
+        keeper.records[0] = with_text(&keeper.records[0], change);
+        keeper
+    };
+    let raw = |at: u64, bytes: &[u8]| {
+        let mut keeper = Keeper::default();
+        keeper.keep(&before, key);
+        keeper.records[0].write_all_at(bytes, at).unwrap();
+        keeper
+    };
+    let cut = |keeper: Keeper, len: u64| {
+        keeper.records[0].set_len(len).unwrap();
+        keeper
+    };
+    let nothing = |mut keeper: Keeper| {
+        keeper.files.clear();
+        keeper
+    };
+    let short = |keeper: Keeper| {
+        let file = keeper.files.values().next().unwrap().try_clone().unwrap();
+        let copy: File = memfd::create("short").unwrap().into();
+        let mut all = vec![0; usize::try_from(31 * PAGE).unwrap()];
+        file.read_exact_at(&mut all, 0).unwrap();
+        copy.write_all_at(&all, 0).unwrap();
+        let name = keeper.files.keys().next().unwrap().clone();
+        Keeper { files: [(name, Rc::new(copy))].into(), ..keeper }
+    };
+    for (keeper, why) in [
+        (raw(7, &[2]), "another version of this program wrote it"),
+        (raw(8, &u64::MAX.to_le_bytes()), "it is cut short"),
+        (raw(8, &[0; 8]), "its record cannot be read"),
+        (cut(raw(0, b""), 5), "its record cannot be read"),
+        (cut(raw(0, b""), 16), "its record cannot be read"),
+        (nothing(raw(0, b"")), "image pages-1.img cannot be held again: image-0 was not kept"),
+        (short(raw(0, b"")), "image pages-1.img cannot be held again: its bytes are not all there"),
+        (text(|text| text.id = "a\0b".to_owned()), "its record is wrong: a bad snapshot id"),
+        (
+            text(|text| text.images[0].name = "../x".to_owned()),
+            "its record is wrong: a bad image name",
+        ),
+        (text(|text| text.images[0].len += 9), "image inventory.img"),
+        (text(|text| text.images[0].len = u64::MAX), "image inventory.img cannot be held again"),
+        (
+            text(|text| text.images[0].bytes = Place::Record(u64::MAX)),
+            "image inventory.img cannot be held",
+        ),
+        (text(|text| text.images[1].len = u64::MAX), "its bytes are not all there"),
+        (
+            text(|text| text.images[1].bytes = Place::Pages(vec![("image-0".to_owned(), 1, 32)])),
+            "its bytes are not all there",
+        ),
+        (
+            text(|text| {
+                text.images[1].bytes = Place::Pages(vec![("image-0".to_owned(), u64::MAX, 32)])
+            }),
+            "its bytes are not all there",
+        ),
+        (
+            text(|text| text.images[1].bytes = Place::Pages(vec![("image-0".to_owned(), 0, 0)])),
+            "its bytes are not all there",
+        ),
+        (
+            text(|text| (text.id, text.age) = ("db".to_owned(), u64::MAX)),
+            "there is another of that id",
+        ),
+    ] {
+        let mut keeper = keeper;
+        keeper.records.insert(0, {
+            let mut other = Keeper::default();
+            other.keep(&before, good);
+            other.records.pop().unwrap()
+        });
+        let after = store();
+        let mut again = keeper.again(&after);
+        let lost = again.pop().unwrap().unwrap_err();
+        assert!(lost.why.contains(why), "{why}: {lost:?}");
+        assert!(again.pop().unwrap().is_ok(), "{why}");
+        assert!(contents(&after, "db") == contents(&before, "db"));
+        assert_eq!(after.whole().len(), 1);
+        after.drop_snapshot("db");
+        assert_eq!(after.quota().used(), 0, "{why}");
+    }
+}
+
+#[tokio::test]
+async fn only_what_is_whole_is_kept() {
+    let store = store();
+    let key = store.begin("web", &sender()).unwrap();
+    assert!(store.keep(key, |_| unreachable!()).is_none());
+    add(&store, key, "inventory.img", RECORDS).await;
+    store.complete(key, false).unwrap();
+    assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
+    store.claim(key).taken();
+    assert!(store.keep(key, |_| unreachable!()).is_none());
+    assert_eq!(store.whole().len(), 0);
+    store.expire(std::time::Instant::now() + Duration::from_secs(3600));
+}
