@@ -364,7 +364,7 @@ impl<'a> Incoming<'a> {
         match self.store.complete(key, partial) {
             Ok(()) => {
                 // Whoever is told that it is here may end the process.
-                self.cache.keeping.follow(&self.store);
+                self.cache.keeping.follow(self.store);
                 self.cache.figures.received.observe(started.elapsed());
                 tracing::info!(
                     message_id = journal::SNAPSHOT_WHOLE,

@@ -94,19 +94,19 @@ impl Keeping {
                         criu_snapshot = id,
                         "snapshot {id} is held again: systemd kept it while the cache did not run"
                     );
-                    let named: BTreeSet<_> = again.files.into_iter().collect();
-                    let needed = named.iter().filter_map(|name| Some((name, files.get(name)?)));
-                    let files = needed.map(|(name, file)| self.need(name, file)).collect();
+                    let needed: BTreeSet<_> = again.files.into_iter().collect();
+                    let found = needed.iter().filter_map(|name| Some((name, files.get(name)?)));
+                    let files = found.map(|(name, file)| self.need(name, file)).collect();
                     let kept = Kept { images: again.images, record, files, _charge: again.charge };
                     self.snapshots.borrow_mut().insert(again.key, Snapshot::Kept(kept));
                 }
                 Err(lost) => {
                     fd_store::forget(&record);
-                    let id = lost.id.as_deref().unwrap_or("of unknown id");
+                    let id = lost.id.as_deref().unwrap_or("unknown");
                     let criu_reason = &lost.why;
                     tracing::warn!(
                         message_id = journal::SNAPSHOT_LOST,
-                        criu_snapshot = lost.id,
+                        criu_snapshot = id,
                         criu_reason,
                         "snapshot {id} is lost: systemd kept it, but {criu_reason}"
                     );
@@ -132,7 +132,9 @@ impl Keeping {
         let whole: BTreeMap<Key, Rc<Images>> = store.whole().into_iter().collect();
         let gone = |key: &Key| !whole.contains_key(key);
         let gone: Vec<Key> = self.snapshots.borrow().keys().copied().filter(gone).collect();
-        gone.into_iter().for_each(|key| self.forget(key));
+        for key in gone {
+            self.forget(key);
+        }
         for (key, images) in whole {
             if self.snapshots.borrow().get(&key).is_some_and(|known| known.has(&images)) {
                 continue;
@@ -190,7 +192,9 @@ impl Keeping {
             .try_for_each(|(name, file)| fd_store::keep(name, file))
             .and_then(|()| fd_store::keep(&record, &kept.record));
         if let Err(error) = sent {
-            new.values().for_each(|file| fd_store::forget(&file.name));
+            for file in new.values() {
+                fd_store::forget(&file.name);
+            }
             return Err(format!("systemd cannot be told to keep it: {error}"));
         }
         self.files.borrow_mut().extend(new);

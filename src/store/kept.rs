@@ -32,7 +32,7 @@ use crate::sys::memfd;
 /// not hold what is kept.
 const MAGIC: [u8; 8] = *b"criukp\0\x01";
 /// Length of what a record begins with, in bytes: the magic, and the text's place.
-const HEAD: u64 = 16;
+const HEAD: usize = 16;
 /// Images below this length, in bytes, are in the record itself. Most of a dump's images are, and few of its
 /// bytes: systemd keeps some thousand files for a service.
 const SMALL: u64 = 64 * 1024;
@@ -206,7 +206,7 @@ fn write(
     mut name: impl FnMut(&Rc<File>) -> String,
 ) -> io::Result<File> {
     let record: File = memfd::create(&format!("{} (record)", snapshot.id))?.into();
-    let mut end = HEAD;
+    let mut end = HEAD as u64;
     let mut kept = Vec::new();
     for image in images.values() {
         let bytes = match image.memfd() {
@@ -273,7 +273,7 @@ fn read(record: &File) -> Result<Text, Lost> {
 
 fn read_text(record: &File) -> io::Result<Text> {
     let len = record.metadata()?.len();
-    let mut head = [0; HEAD as usize];
+    let mut head = [0; HEAD];
     record.read_exact_at(&mut head, 0)?;
     let (magic, begin) = head.split_at(MAGIC.len());
     if magic != MAGIC {
@@ -363,13 +363,12 @@ impl Layers<'_> {
     }
 
     fn hold(&mut self, name: &str, range: PageRange, offset: u64) -> io::Result<Option<Run>> {
-        let layer = match self.known.get(name) {
-            Some(layer) => layer.clone(),
-            None => {
-                let layer = Layer::kept(self.file(name)?)?;
-                self.known.insert(name.to_owned(), layer.clone());
-                layer
-            }
+        let layer = if let Some(layer) = self.known.get(name) {
+            layer.clone()
+        } else {
+            let layer = Layer::kept(self.file(name)?)?;
+            self.known.insert(name.to_owned(), layer.clone());
+            layer
         };
         let run = layer.hold(range, offset, self.quota);
         self.held.extend(run.clone());

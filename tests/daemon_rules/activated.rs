@@ -26,7 +26,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 ";
 
 /// A daemon as systemd starts it, with these sockets by these names.
-fn activated(binary: &str, dir: &Path, sockets: &[(&str, OwnedFd)]) -> Command {
+pub(crate) fn activated(binary: &str, dir: &Path, sockets: &[(&str, OwnedFd)]) -> Command {
     let numbers: Vec<_> = sockets.iter().map(|(_, fd)| fd.as_raw_fd().to_string()).collect();
     let names: Vec<_> = sockets.iter().map(|(name, _)| *name).collect();
     let mut python = Command::new("python3");

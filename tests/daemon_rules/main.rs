@@ -11,6 +11,7 @@ mod speak;
 mod activated;
 mod given;
 mod given_end;
+mod kept;
 mod settings;
 mod start;
 mod usage;

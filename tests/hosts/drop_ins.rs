@@ -87,6 +87,20 @@ fn another_user_has_the_daemon_and_its_sockets() {
 }
 
 #[test]
+fn what_is_held_is_kept_over_a_stop_if_systemd_is_told_so() {
+    let bed = Bed::up();
+    let stop = || {
+        assert!(put(&bed, "web"));
+        bed.ok(Host::B, &["systemctl", "stop", "criu-image-cache"]);
+        bed.list(Host::B).len()
+    };
+    assert_eq!(stop(), 0);
+    done(&bed, &block("### What is held, over a stop"));
+    assert_eq!(stop(), 1);
+    assert_eq!(bed.ok(Host::B, &["criu-imagectl", "get", "web", "hostname"]), "host-a\n");
+}
+
+#[test]
 fn a_journal_namespace_has_what_the_cache_tells() {
     let bed = Bed::up();
     let mut block = block("### A journal of its own");

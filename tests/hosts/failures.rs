@@ -101,6 +101,7 @@ fn a_cache_killed_in_the_middle_fails_the_dump_towards_the_source() {
     // The link is up, so that the cache is there to be killed.
     let other = bed.workload(Host::A, "other", 8);
     bed.ok(Host::A, &Bed::dump(&other, Host::A.work_dir()));
+    bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
     let cache = bed.daemon_pid(Host::B);
     bed.ok(Host::B, &["kill", "-STOP", &cache]);
     let dump = bed.spawn(Host::A, &Bed::dump(&pid, Host::A.work_dir()));

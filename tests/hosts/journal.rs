@@ -209,7 +209,7 @@ fn the_messages_of_peers_and_daemons_come_with_their_explanations() {
 
     assert!(!bed.run(Host::B, &["systemctl", "restart", cache]).status.success());
     assert_told(&bed, Host::B, "DAEMON_STOPPING", "criu-image-cache stops");
-    assert_told(&bed, Host::B, "SNAPSHOT_LOST", "Snapshot web is lost");
+    assert_told(&bed, Host::B, "SNAPSHOT_LEFT", "Snapshot web is left to systemd");
     assert_told(&bed, Host::B, "DAEMON_STOPPED", "criu-image-cache has stopped");
     let failed = assert_told(&bed, Host::B, "DAEMON_FAILED", "criu-image-cache cannot start");
     assert!(failed["CRIU_REASON"].as_str().unwrap().contains("store.max-bytes"), "{failed}");

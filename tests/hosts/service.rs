@@ -94,6 +94,34 @@ fn an_idle_cache_restarted_serves_on_the_same_sockets() {
 }
 
 #[test]
+fn what_is_whole_outlives_a_restart_and_a_crash_of_the_cache() {
+    let bed = Bed::up();
+    let pid = bed.workload(Host::A, "web", 64);
+    let before = bed.ask(Host::A, "web", &pid);
+    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    let id = bed.list(Host::A)[0]["id"].as_str().unwrap().to_owned();
+    bed.ctl(Host::A, &["wait", &id]);
+    bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache"]);
+    let killed = bed.daemon_pid(Host::B);
+    bed.ok(Host::B, &["kill", "-KILL", &killed]);
+    wait_until("systemd starts it again", || {
+        let pid = bed.daemon_pid(Host::B);
+        pid != killed && pid != "0"
+    });
+    let held = bed.list(Host::B);
+    assert_eq!((&held[0]["id"], &held[0]["state"]), (&id.clone().into(), &"whole".into()));
+    bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
+    let after = bed.ask(Host::B, "web", &pid);
+    assert_eq!((after.pid, &after.checksum), (before.pid, &before.checksum));
+    wait_until("systemd keeps nothing of it", || {
+        let kept = ["systemctl", "show", "-P", "NFileDescriptorStore", "criu-image-cache"];
+        bed.ok(Host::B, &kept).trim() == "0"
+    });
+    bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache"]);
+    assert_eq!(bed.list(Host::B).len(), 0, "a taken snapshot is not restored twice");
+}
+
+#[test]
 fn a_reload_puts_a_good_configuration_in_force_and_leaves_a_bad_one() {
     let bed = Bed::up();
     let max_bytes = || bed.ctl(Host::B, &["status"])[0]["max_bytes"].clone();

@@ -116,7 +116,7 @@ impl Keeper {
 fn with_text(record: &File, change: impl FnOnce(&mut Text)) -> File {
     let mut text = read_text(record).unwrap();
     change(&mut text);
-    let mut head = [0; HEAD as usize];
+    let mut head = [0; HEAD];
     record.read_exact_at(&mut head, 0).unwrap();
     let begin = u64::from_le_bytes(head[8..].try_into().unwrap());
     let mut bytes = vec![0; usize::try_from(begin).unwrap()];
@@ -300,7 +300,7 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
         ),
         (
             text(|text| {
-                text.images[1].bytes = Place::Pages(vec![("image-0".to_owned(), u64::MAX, 32)])
+                text.images[1].bytes = Place::Pages(vec![("image-0".to_owned(), u64::MAX, 32)]);
             }),
             "its bytes are not all there",
         ),

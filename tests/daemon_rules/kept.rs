@@ -1,0 +1,199 @@
+//! What a cache holds, over its end: as systemd's file descriptor store keeps it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use criu_image_relay::criu::stream::SERVE_SOCKET;
+use criu_image_relay::daemon::CONTROL_SOCKET;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::Signal;
+
+use crate::activated::activated;
+use crate::run::{CACHE, PROXY, Running, command, ctl, eventually, images, status};
+use crate::speak::restore;
+
+/// What systemd keeps, by the names it is to have.
+type Kept = Arc<Mutex<BTreeMap<String, OwnedFd>>>;
+
+/// systemd, as far as it starts one cache on its sockets and keeps what that gives it.
+struct Manager {
+    dir: tempfile::TempDir,
+    sockets: Vec<(&'static str, OwnedFd)>,
+    link: SocketAddr,
+    kept: Kept,
+}
+
+impl Manager {
+    fn new() -> Manager {
+        let dir = tempfile::tempdir().unwrap();
+        let unix = |name| OwnedFd::from(UnixListener::bind(dir.path().join(name)).unwrap());
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let link = tcp.local_addr().unwrap();
+        let sockets = vec![
+            ("stream", unix(SERVE_SOCKET)),
+            ("control", unix(CONTROL_SOCKET)),
+            ("link", tcp.into()),
+        ];
+        let notices = UnixDatagram::bind(dir.path().join("notify")).unwrap();
+        let kept = Kept::default();
+        let keeping = kept.clone();
+        std::thread::spawn(move || while take_notice(&notices, &keeping) {});
+        Manager { dir, sockets, link, kept }
+    }
+
+    fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Starts the cache with all that is kept, which `room` files may be.
+    fn start(&self, room: &str) -> Running {
+        let again = |fd: &OwnedFd| fd.try_clone().unwrap();
+        let kept = self.kept.lock().unwrap();
+        let kept = kept.iter().map(|(name, fd)| (name.as_str(), again(fd)));
+        let all = self.sockets.iter().map(|(name, fd)| (*name, again(fd)));
+        let all: Vec<_> = all.chain(kept).collect();
+        let inherited: Vec<_> = all.iter().map(|(_, fd)| fd.as_fd()).collect();
+        let mut command = activated(CACHE, self.dir(), &all);
+        command.env("NOTIFY_SOCKET", self.dir().join("notify")).env("FDSTORE", room);
+        command.args(["--log-file", "log"]);
+        let cache = Running::with(&mut command, self.dir(), &inherited);
+        // Its sockets accept before it does.
+        assert!(eventually(|| status(self.dir()).contains("criu-image-cache")));
+        cache
+    }
+
+    /// Sends a snapshot `web` to the cache, which acknowledges it.
+    fn send(&self, pages: &[u8]) {
+        let source = tempfile::tempdir().unwrap();
+        let mut proxy = command(PROXY, source.path());
+        proxy.args(["--address", "127.0.0.1", "--port", &self.link.port().to_string()]);
+        let _proxy = Running::with(&mut proxy, source.path(), &[]);
+        let images = images(source.path(), pages);
+        assert_eq!(ctl(source.path(), &["push", images.to_str().unwrap()]), (0, String::new()));
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.kept.lock().unwrap().keys().cloned().collect()
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir().join("log")).unwrap()
+    }
+}
+
+fn take_notice(socket: &UnixDatagram, kept: &Kept) -> bool {
+    let mut text = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received =
+        recvmsg(socket, &mut [IoSliceMut::new(&mut text)], &mut ancillary, RecvFlags::CMSG_CLOEXEC);
+    let Ok(received) = received else { return false };
+    let text = std::str::from_utf8(&text[..received.bytes]).unwrap();
+    let field = |name| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    let files = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    let mut kept = kept.lock().unwrap();
+    for file in files.flatten() {
+        assert_eq!(field("FDSTORE"), Some("1"));
+        kept.insert(field("FDNAME").unwrap().to_owned(), file);
+    }
+    if field("FDSTOREREMOVE") == Some("1") {
+        kept.remove(field("FDNAME").unwrap());
+    }
+    true
+}
+
+/// Longer than what is in a record.
+fn pages() -> Vec<u8> {
+    (0u32..50_000).flat_map(u32::to_le_bytes).collect()
+}
+
+#[test]
+fn what_was_acknowledged_outlives_a_cache_that_is_killed_or_stopped() {
+    for signal in [Signal::KILL, Signal::TERM] {
+        let manager = Manager::new();
+        let cache = manager.start("4096");
+        manager.send(&pages());
+        assert_eq!(manager.names(), ["image-0", "record-1"]);
+        cache.signal(signal);
+        cache.status();
+
+        let cache = manager.start("4096");
+        assert!(manager.log().contains("snapshot web is held again"), "{}", manager.log());
+        assert!(!manager.log().contains("is lost"), "{}", manager.log());
+        // And once more, with nothing in between.
+        cache.signal(signal);
+        cache.status();
+        let cache = manager.start("4096");
+        assert_eq!(restore(manager.dir(), "pages-1.img"), pages());
+        assert!(eventually(|| manager.names().is_empty()), "what was taken is not kept");
+        cache.signal(signal);
+        cache.status();
+        let _cache = manager.start("4096");
+        assert_eq!(ctl(manager.dir(), &["show", "web"]).0, 4, "{signal:?}");
+    }
+}
+
+#[test]
+fn what_is_dropped_is_not_kept() {
+    let manager = Manager::new();
+    let _cache = manager.start("4096");
+    manager.send(&pages());
+    assert_eq!(ctl(manager.dir(), &["drop", "web"]).0, 0);
+    assert!(eventually(|| manager.names().is_empty()));
+}
+
+#[test]
+fn what_there_is_no_room_for_is_held_and_said_to_be_lost_with_the_cache() {
+    let manager = Manager::new();
+    let cache = manager.start("1");
+    manager.send(&pages());
+    let warning = "snapshot web would be lost if the cache stopped: it is 2 files, and systemd keeps 0 of 1 already";
+    assert!(manager.log().contains(warning), "{}", manager.log());
+    assert_eq!(manager.names(), [""; 0]);
+    cache.signal(Signal::TERM);
+    cache.status();
+    assert!(manager.log().contains("snapshot web is lost"), "{}", manager.log());
+}
+
+#[test]
+fn what_nobody_knows_any_more_is_forgotten_and_what_is_spoilt_is_told() {
+    let manager = Manager::new();
+    let cache = manager.start("4096");
+    manager.send(&pages());
+    cache.signal(Signal::KILL);
+    cache.status();
+    // Killed between a file and its record; and a file that has lost a part.
+    let mut kept = manager.kept.lock().unwrap();
+    let orphan = kept["image-0"].try_clone().unwrap();
+    kept.insert("image-7".to_owned(), orphan);
+    fs::File::from(kept["image-0"].try_clone().unwrap()).set_len(4096).unwrap();
+    drop(kept);
+
+    let _cache = manager.start("4096");
+    let lost = "snapshot web is lost: systemd kept it, but image pages-1.img cannot be held again: its bytes are not all there";
+    assert!(manager.log().contains(lost), "{}", manager.log());
+    assert!(eventually(|| manager.names().is_empty()), "{:?}", manager.names());
+    manager.send(&pages());
+    assert_eq!(manager.names(), ["image-8", "record-9"]);
+}
+
+#[test]
+fn a_proxy_has_no_use_for_files_that_were_kept() {
+    let manager = Manager::new();
+    let file = tempfile::tempfile().unwrap();
+    let kept = [("image-0", OwnedFd::from(file))];
+    let mut command = activated(PROXY, manager.dir(), &kept);
+    let (status, said) = crate::run::output(&mut command, &[kept[0].1.as_fd()]);
+    assert_eq!(status, 1, "{said}");
+    assert!(said.contains("systemd handed over a socket named \"image-0\""), "{said}");
+}
