@@ -130,6 +130,7 @@ fn what_was_acknowledged_outlives_a_cache_that_is_killed_or_stopped() {
         let cache = manager.start("4096");
         assert!(manager.log().contains("snapshot web is held again"), "{}", manager.log());
         assert!(!manager.log().contains("is lost"), "{}", manager.log());
+        assert_eq!(ctl(manager.dir(), &["show", "web", "--timeline"]).0, 0);
         // And once more, with nothing in between.
         cache.signal(signal);
         cache.status();
