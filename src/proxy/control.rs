@@ -8,7 +8,7 @@ use tokio::net::{UnixListener, UnixStream};
 use super::Proxy;
 use super::dump::{self, Target};
 use super::pages;
-use super::records::Record;
+use super::records::{OpenSocket, Record};
 use crate::config::full_address;
 use crate::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status};
 use crate::control::{Backend, Open, OpenPages, Refusal};
@@ -69,6 +69,7 @@ impl Backend for Control {
         let socket = Socket::from(request.listening, socket).map_err(Refusal::unusable)?;
         let before = proxy.records.find(&request.id);
         let record = proxy.awaited(&request.id, &cache)?;
+        let open = proxy.open_socket(&record)?;
         if let Some(before) = before {
             record.joins(&before);
         }
@@ -78,11 +79,15 @@ impl Backend for Control {
             Socket::Connected(socket) => {
                 tokio::task::spawn_local(async move {
                     serve(proxy.clone(), socket, target).await;
+                    drop(open);
                     proxy.records.await_no_more(&record);
                 });
             }
             Socket::Listening(listener) => {
-                self.0.listeners.start(listen(proxy, listener, target, record));
+                self.0.listeners.start(async move {
+                    listen(proxy, listener, target, record).await;
+                    drop(open);
+                });
             }
         }
         Ok(())
@@ -98,16 +103,21 @@ impl Backend for Control {
             record.state() == SnapshotState::Awaited && record.info().peer == cache
         });
         let record = beside.map_or_else(|| proxy.awaited(&id, &cache), Ok)?;
+        let open = proxy.open_socket(&record)?;
         let target = pages::Target { id, parent, cache, record: record.clone(), is_new: false };
         match socket {
             PagesSocket::Connected(stream) => {
                 tokio::task::spawn_local(async move {
                     pages::serve(proxy.clone(), stream, target).await;
+                    drop(open);
                     proxy.records.await_no_more(&record);
                 });
             }
             PagesSocket::Listening(listener) => {
-                self.0.listeners.start(pages::listen(proxy, listener, target));
+                self.0.listeners.start(async move {
+                    pages::listen(proxy, listener, target).await;
+                    drop(open);
+                });
             }
         }
         Ok(())
@@ -147,6 +157,14 @@ impl Proxy {
         };
         self.links.check(&cache).map_err(Refusal::Refused)?;
         Ok(cache)
+    }
+
+    /// Counts a socket that is opened for a snapshot, which is no longer awaited if there can be none.
+    fn open_socket(&self, record: &Rc<Record>) -> Result<OpenSocket, Refusal> {
+        self.records.open_socket(record).map_err(|why| {
+            self.records.await_no_more(record);
+            Refusal::Refused(why)
+        })
     }
 
     /// Lists a snapshot for which a socket is opened.

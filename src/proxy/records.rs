@@ -13,8 +13,11 @@ use crate::metrics::durations::Durations;
 use crate::sys::clock::now_ms;
 use crate::timeline::{Phase, PhaseName, Timeline};
 
-/// Ended snapshots that are listed; older ones are forgotten.
+/// Ended snapshots that are listed, beside those for which a socket is open; older ones are forgotten.
 const KEPT: usize = 256;
+
+/// Sockets that may be open for snapshots at once. What awaits a dump is not forgotten, so it is bounded here.
+const SOCKETS_MAX: usize = 1024;
 
 /// Every snapshot that the proxy knows, oldest first.
 #[derive(Debug, Default)]
@@ -134,8 +137,20 @@ pub struct Record {
     /// Whether its images come by the stream protocol; else by the remote one.
     streamed: Cell<bool>,
     tally: Rc<Tally>,
+    /// How many sockets are open for it, which were handed over for its images or its pages.
+    sockets: Rc<Cell<usize>>,
     stop: watch::Sender<Option<String>>,
     ended: Notify,
+}
+
+/// A socket that is open for a snapshot, until it is dropped.
+#[derive(Debug)]
+pub struct OpenSocket(Rc<Cell<usize>>);
+
+impl Drop for OpenSocket {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 impl Records {
@@ -177,6 +192,7 @@ impl Records {
             left: Cell::new(false),
             streamed: Cell::new(false),
             tally: self.tally.clone(),
+            sockets: Rc::default(),
             stop: watch::Sender::new(None),
             ended: Notify::new(),
         });
@@ -212,19 +228,33 @@ impl Records {
     /// A socket that was opened for a snapshot is gone. Forgets the snapshot if nothing has come of it, and
     /// no other socket is open for it: there may be one for its images and one for its pages.
     pub fn await_no_more(&self, record: &Rc<Record>) {
-        // One is listed, one is the caller's.
-        if record.state() == SnapshotState::Awaited && Rc::strong_count(record) <= 2 {
+        if record.state() == SnapshotState::Awaited && record.sockets.get() == 0 {
             self.remove(record);
         }
     }
 
-    /// Forgets the oldest of those that have ended, beyond what is kept.
+    /// Counts a socket that is opened for a snapshot. The error says why there can be none.
+    pub fn open_socket(&self, record: &Rc<Record>) -> Result<OpenSocket, String> {
+        let open: usize = self.by_age.borrow().values().map(|record| record.sockets.get()).sum();
+        if open >= SOCKETS_MAX {
+            return Err(format!(
+                "{SOCKETS_MAX} sockets are open for snapshots that await a dump or a round of pages, \
+                 the most that a proxy has: drop snapshots that are no longer wanted"
+            ));
+        }
+        record.sockets.set(record.sockets.get() + 1);
+        Ok(OpenSocket(record.sockets.clone()))
+    }
+
+    /// Forgets the oldest of those that have ended, beyond what is kept. One for which a socket is open still
+    /// awaits something: another try of a dump that failed, or the next round.
     pub fn forget_old(&self) {
         let mut records = self.by_age.borrow_mut();
-        let ended = records.values().filter(|record| record.has_ended()).count();
-        let mut surplus = ended.saturating_sub(KEPT);
+        let is_over = |record: &Record| record.has_ended() && record.sockets.get() == 0;
+        let over = records.values().filter(|record| is_over(record)).count();
+        let mut surplus = over.saturating_sub(KEPT);
         records.retain(|_, record| {
-            let forget = surplus > 0 && record.has_ended();
+            let forget = surplus > 0 && is_over(record);
             surplus -= usize::from(forget);
             !forget
         });

@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use criu_image_relay::criu::images::INVENTORY;
 use criu_image_relay::criu::stream::{
@@ -33,6 +34,11 @@ impl Criu {
     /// A dump through the shared socket.
     pub(crate) fn dump(proxy: &Daemon) -> Criu {
         Criu::new(UnixStream::connect(proxy.dir().join(CAPTURE_SOCKET)).unwrap())
+    }
+
+    /// A dump, or a restore, through the socket `name` in a directory.
+    pub(crate) fn in_directory(dir: &Path, name: &str) -> Criu {
+        Criu::new(UnixStream::connect(dir.join(name)).unwrap())
     }
 
     /// A restore through the shared socket.

@@ -284,6 +284,11 @@ impl Daemon {
         assert!(reached, "{held} bytes are held, not {bytes}\n{}", self.log.text());
     }
 
+    /// Every snapshot as `criu-imagectl list` has it.
+    pub(crate) fn list(&self) -> Vec<Snapshot> {
+        self.control(async |client| client.list().await).unwrap()
+    }
+
     /// How many sessions are under way.
     pub(crate) fn sessions(&self) -> u64 {
         self.status().sessions
@@ -311,6 +316,17 @@ impl Daemon {
         self.control(async |client| client.open(id, to.as_deref(), Reading::Take, theirs).await)
             .unwrap();
         ours
+    }
+
+    /// A directory that is opened for the snapshot `id`, if the daemon will: its socket is `name` in there.
+    pub(crate) fn try_open_directory(
+        &self,
+        id: &str,
+        dir: &Path,
+        name: &str,
+    ) -> Result<(), ClientError> {
+        let listener = criu_image_relay::sys::unix::bind(dir, name).unwrap();
+        self.control(async |client| client.open(id, None, Reading::Take, listener.into()).await)
     }
 
     /// A connection on which pages of the snapshot `id` come, or are asked for.

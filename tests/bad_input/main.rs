@@ -28,6 +28,7 @@ mod link_at_cache;
 mod link_at_proxy;
 mod link_order;
 mod metrics;
+mod opened;
 mod pages_at_cache;
 mod pages_at_proxy;
 mod pages_at_proxy_wait;
