@@ -24,7 +24,7 @@ mod rounds;
 mod waits;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -67,8 +67,8 @@ pub struct Cache {
     listeners: Listeners,
     given: GivenLink,
     rate: Rate,
-    /// What old clients have read of: their ending names nothing.
-    read: RefCell<BTreeSet<String>>,
+    /// What old clients restore, by their process: their ending names nothing.
+    restoring: RefCell<BTreeMap<i32, String>>,
     /// Bytes that restores have read.
     served: Cell<u64>,
     figures: Figures,
@@ -86,7 +86,7 @@ impl Cache {
             listeners: Listeners::default(),
             given: GivenLink::default(),
             rate: Rate::default(),
-            read: RefCell::default(),
+            restoring: RefCell::default(),
             served: Cell::new(0),
             figures: Figures::default(),
             keeping: Keeping::default(),

@@ -14,12 +14,17 @@ use super::fill::{Fill, Reading};
 use super::regions::{Refusal, missing};
 use super::restore::Failure;
 use crate::config::{CacheSettings, Reads};
+use crate::criu::images::INVENTORY;
+use crate::criu::pages::Space;
 use crate::criu::remote::{Reply, Request};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
 use crate::daemon::sessions::Peer;
 use crate::metrics::refusals::Reason;
 use crate::store::{Image, Key, State};
+
+/// Restores of old clients whose end may still come.
+const RESTORES_MAX: usize = 4096;
 
 /// Why a session ends before the client ends it.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +55,7 @@ pub(super) async fn serve(cache: Rc<Cache>, socket: UnixStream) {
     let patience = settings.sessions.request_timeout;
     let client = Client::new(socket, patience, settings.remote.historical_endings);
     let span = tracing::error_span!("remote", criu_peer = %peer);
-    let mut session = Session { cache, settings, client };
+    let mut session = Session { cache, settings, client, peer };
     let serve = async {
         if let Err(ended) = session.run().await {
             if let Some(reason) = ended.reason() {
@@ -66,6 +71,7 @@ struct Session {
     cache: Rc<Cache>,
     settings: Rc<CacheSettings>,
     client: Client,
+    peer: Peer,
 }
 
 impl Session {
@@ -92,12 +98,20 @@ impl Session {
         match request {
             Request::Read { snapshot, name, pipe } => {
                 let through_pipe = pipe.unwrap_or(self.settings.remote.reads == Reads::Pipe);
+                let is_old = self.settings.remote.historical_endings && pipe.is_none();
                 match self.while_there(self.image(&snapshot, &name)).await? {
                     Ok(image) => {
-                        if self.settings.remote.historical_endings {
-                            self.cache.read.borrow_mut().insert(snapshot);
+                        if is_old && name == INVENTORY {
+                            self.restores(snapshot);
                         }
                         self.send(image, through_pipe).await
+                    }
+                    // What comes to a pagemap has read an inventory, and looks for the parent of that
+                    // snapshot. It needs none if CRIU found none in the dump.
+                    Err((Errno::IO | Errno::STALE, why))
+                        if is_old && Space::of_pagemap(&name).is_some() =>
+                    {
+                        self.refuse((Errno::NOENT, why)).await
                     }
                     Err(refusal) => self.refuse(refusal).await,
                 }
@@ -111,15 +125,14 @@ impl Session {
                     let reason = format!("there is no snapshot {snapshot} that could be taken");
                     return self.refuse((Errno::NOENT, reason)).await;
                 };
-                self.taken(&taken);
+                tell_taken(&taken);
                 self.reply(&Reply::done()).await
             }
             Request::HistoricalEndOfRestore => {
-                let read: Vec<_> = self.cache.read.borrow().iter().cloned().collect();
-                for taken in read.iter().filter_map(|id| self.cache.store.restored(id)) {
-                    self.taken(&taken);
+                let restored = self.cache.restoring.borrow_mut().remove(&self.peer.pid);
+                if let Some(taken) = restored.and_then(|id| self.cache.store.restored(&id)) {
+                    tell_taken(&taken);
                 }
-                self.cache.read.borrow_mut().clear();
                 self.reply(&Reply::done()).await
             }
             Request::Write { .. }
@@ -207,15 +220,15 @@ impl Session {
         }
     }
 
-    fn taken(&self, ids: &[String]) {
-        for id in ids {
-            self.cache.read.borrow_mut().remove(id);
-            tracing::info!(
-                message_id = journal::SNAPSHOT_TAKEN,
-                criu_snapshot = id,
-                "snapshot {id} taken: its restore has ended"
-            );
+    /// An old client has read the inventory of a snapshot, which a restore reads of what it restores and not of
+    /// that one's parents. The same process will say the restore's end.
+    fn restores(&self, snapshot: String) {
+        let mut restoring = self.cache.restoring.borrow_mut();
+        // Those that failed have said no end.
+        if restoring.len() >= RESTORES_MAX {
+            restoring.pop_first();
         }
+        restoring.insert(self.peer.pid, snapshot);
     }
 
     async fn reply(&self, reply: &Reply) -> Result<bool, Ended> {
@@ -227,6 +240,16 @@ impl Session {
     async fn refuse(&self, (errno, reason): Refusal) -> Result<bool, Ended> {
         self.reply(&Reply::refused(errno, &reason)).await?;
         if errno == Errno::NOENT { Ok(true) } else { Err(Ended::Refused(errno, reason)) }
+    }
+}
+
+fn tell_taken(ids: &[String]) {
+    for id in ids {
+        tracing::info!(
+            message_id = journal::SNAPSHOT_TAKEN,
+            criu_snapshot = id,
+            "snapshot {id} taken: its restore has ended"
+        );
     }
 }
 

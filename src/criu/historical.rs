@@ -1,5 +1,5 @@
-//! How the old clients of `--remote` said that a dump or a restore had ended: by an image name. Only
-//! looked at where `remote.historical-endings` is set.
+//! What is told of the old clients of `--remote` by: how they said that a dump or a restore had ended, which is by
+//! an image name and only looked at where `remote.historical-endings` is set, and what else they did.
 
 /// Which side has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +18,22 @@ pub(super) fn ending(name: &str, snapshot_id: &str, open_mode: u32) -> Option<Si
         ("RESTORE_FINISH", "null", _) | ("", "", 0) => Some(Side::Restore),
         _ => None,
     }
+}
+
+/// Whether a header looks like an ending of the last form, and can be nothing else.
+pub(super) fn can_only_be_an_ending(name: &str, snapshot_id: &str, open_mode: u32) -> bool {
+    name.is_empty() && ending(name, snapshot_id, open_mode).is_some()
+}
+
+/// Whether it is the list that they knew, the only one.
+pub fn is_their_list(list: &str) -> bool {
+    matches!(list, "" | "null")
+}
+
+/// Whether it is an image that dumps write, and pre-dumps do not: those have pages and an inventory, and no
+/// ending.
+pub fn is_of_a_dump(image: &str) -> bool {
+    image == "pstree.img" || image.starts_with("core-") || image.starts_with("mm-")
 }
 
 #[cfg(test)]
@@ -45,6 +61,7 @@ mod tests {
         assert_eq!((snapshot.as_str(), name.as_str()), ("null", "DUMP_FINISH"));
         let last = b"\x0a\0\x12\0\x18\0";
         assert_eq!(Request::decode(last, true), Ok(Request::HistoricalEndOfRestore));
-        assert!(Request::decode(last, false).is_err());
+        let refused = Request::decode(last, false).unwrap_err().to_string();
+        assert!(refused.contains("remote.historical-endings"), "{refused}");
     }
 }

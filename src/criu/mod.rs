@@ -1,7 +1,7 @@
 //! What CRIU says: one module per protocol, codecs and session state machines without sockets.
 
 pub mod capture;
-mod historical;
+pub mod historical;
 pub mod images;
 pub mod names;
 pub mod page_server;

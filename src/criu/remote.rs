@@ -114,6 +114,12 @@ pub enum BadHeader {
     /// No such mode.
     #[error("open mode {0} is none of 0 (read), 1 (write) and 1024 (append)")]
     Mode(u32),
+    /// It is none of this protocol.
+    #[error(
+        "a bad image name \"\": it is empty, as in the endings of CRIU's old --remote clients, which are \
+         understood with remote.historical-endings = true"
+    )]
+    HistoricalEnding,
     /// The list can only grow.
     #[error("a list of ids can be appended to, not written")]
     WrittenList,
@@ -153,6 +159,9 @@ impl Request {
         }
         if header.name == PARENT {
             return Request::list(header);
+        }
+        if historical::can_only_be_an_ending(&header.name, &header.snapshot_id, header.open_mode) {
+            return Err(BadHeader::HistoricalEnding);
         }
         check_image(&header.name)?;
         check_id(&header.snapshot_id)?;

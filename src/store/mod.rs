@@ -250,7 +250,7 @@ impl Store {
         let mut lists = self.lists.borrow_mut();
         // A snapshot may stand in more lists than one, but not in any number of them.
         let limit = self.settings.borrow().max_snapshots;
-        if lists.len() as u64 >= limit && !lists.ids_of(list, host).contains(&id) {
+        if lists.len() as u64 >= limit && !lists.has(list, host, &id) {
             return Err(Refused::ListsTooLong(limit));
         }
         lists.append(list, host, &id);
@@ -264,7 +264,8 @@ impl Store {
         self.lists.borrow().ids(list)
     }
 
-    /// A list as an image, of all hosts or of one; `None` while it is empty.
+    /// A list as an image: all of it, or the chain of one host that has not ended, where a dump looks for its
+    /// parents; `None` while it is empty.
     pub fn list_image(
         &self,
         list: &str,
@@ -272,7 +273,7 @@ impl Store {
     ) -> rustix::io::Result<Option<Rc<Image>>> {
         let lists = self.lists.borrow();
         let ids = match host {
-            Some(host) => lists.ids_of(list, host).to_vec(),
+            Some(host) => lists.open_chain(list, host),
             None => lists.ids(list),
         };
         if ids.is_empty() {
@@ -350,7 +351,12 @@ impl Store {
         };
         match whole {
             Ok(images) => {
-                self.update(key, |snapshot| snapshot.end(State::Whole(images)));
+                self.update(key, |snapshot| {
+                    snapshot.end(State::Whole(images));
+                    if !partial {
+                        self.lists.borrow_mut().end_chain(&snapshot.id);
+                    }
+                });
                 one_more(&self.tally.whole);
                 Ok(())
             }
@@ -428,7 +434,7 @@ impl Store {
         Claim { store: self.clone(), key, binding: false }
     }
 
-    /// A restore of a snapshot has ended: it and its parents are taken. Returns their ids; `None` when
+    /// A restore of a snapshot has ended: it and its parents, those before it in its chain, are taken. Returns their ids; `None` when
     /// there is no such snapshot that is whole.
     pub fn restored(&self, id: &str) -> Option<Vec<String>> {
         let whole = |id: &str| {

@@ -3,6 +3,8 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Command;
 
 use criu_image_relay::criu::remote::{Reply, encode_id};
 
@@ -14,7 +16,7 @@ use crate::hosts::Hosts;
 /// `O_RDONLY`, `O_WRONLY` and `O_APPEND`, as they went over the wire.
 pub(crate) const READ: u32 = 0;
 pub(crate) const WRITE: u32 = 1;
-const APPEND: u32 = 0o2000;
+pub(crate) const APPEND: u32 = 0o2000;
 
 /// Which of the old clients.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -73,7 +75,7 @@ pub(crate) struct OldClient<'a> {
 
 impl OldClient<'_> {
     /// What they call a snapshot that is none, and with it the only list.
-    fn null(&self) -> &'static str {
+    pub(crate) fn null(&self) -> &'static str {
         if self.form == Form::Patches { "null" } else { "" }
     }
 
@@ -170,6 +172,40 @@ impl OldClient<'_> {
             assert_eq!(none.error, 2);
         }
     }
+}
+
+/// Another client, a process of its own that ends: each request on a connection of its own. Gives what was
+/// answered where an answer was waited for.
+pub(crate) fn another_process(socket: &Path, requests: &[(Vec<u8>, bool)]) -> Vec<Reply> {
+    const SCRIPT: &str = "
+import socket, sys
+for k in range(2, len(sys.argv), 2):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(30)
+    connection.connect(sys.argv[1])
+    connection.sendall(bytes.fromhex(sys.argv[k]))
+    if sys.argv[k + 1] == 'true':
+        reply = b''
+        while len(reply) < 4 or len(reply) < 4 + int.from_bytes(reply[:4], 'little'):
+            part = connection.recv(1)
+            assert part, 'no reply'
+            reply += part
+        print(reply[4:].hex())
+    connection.close()
+";
+    let mut python = Command::new("python3");
+    python.args(["-c", SCRIPT]).arg(socket);
+    for (bytes, answered) in requests {
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        python.args([hex, answered.to_string()]);
+    }
+    let output = python.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let bytes = |hex: &str| -> Vec<u8> {
+        (0..hex.len()).step_by(2).map(|k| u8::from_str_radix(&hex[k..k + 2], 16).unwrap()).collect()
+    };
+    let replies = String::from_utf8(output.stdout).unwrap();
+    replies.lines().map(|line| Reply::decode(&bytes(line)).unwrap()).collect()
 }
 
 fn list(mut connection: Connection) -> Vec<String> {

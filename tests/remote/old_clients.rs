@@ -1,14 +1,17 @@
 //! CRIU's old `--remote` clients in their two forms, where `remote.historical-endings` is set; and
 //! what their endings are where it is not.
 
+use std::time::{Duration, Instant};
+
 use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::criu::images::INVENTORY;
-use criu_image_relay::criu::remote::Reply;
+use criu_image_relay::criu::remote::{CACHE_SOCKET, PROXY_SOCKET, Reply, encode_id};
 use rustix::io::Errno;
 
 use crate::client::{Connection, append_id, assert_refused, finish, ids, read, write};
 use crate::criu::RECORDS;
-use crate::historical::{Form, OldClient, READ, WRITE, header, hosts};
+use crate::daemons::{Daemon, unused_address};
+use crate::historical::{APPEND, Form, OldClient, READ, WRITE, another_process, header, hosts};
 use crate::hosts::Hosts;
 
 const IDS: [&str; 3] = ["/srv/ckpt/1", "/srv/ckpt/2", "/srv/ckpt/3"];
@@ -177,9 +180,158 @@ fn where_old_endings_are_not_understood_an_empty_name_is_refused() {
         [(Connection::to_proxy(&hosts.proxy), WRITE), (Connection::to_cache(&hosts.cache), READ)]
     {
         connection.say(&header("", "", mode));
-        assert_refused(&connection.reply(), Errno::INVAL, "a bad image name");
+        let reply = connection.reply();
+        assert_refused(&reply, Errno::INVAL, "a bad image name");
+        assert_refused(&reply, Errno::INVAL, "remote.historical-endings = true");
         assert_eq!(connection.rest(), b"");
     }
     hosts.cache.assert_state("web", SnapshotState::Receiving);
     assert_eq!(finish(&hosts.proxy, "web", 1), Reply::done());
+}
+
+/// The request with which an old client appends its id.
+fn appends(id: &str) -> (Vec<u8>, bool) {
+    ([header("parent", "null", APPEND), encode_id(id)].concat(), false)
+}
+
+/// The request with which it writes an image.
+fn writes(id: &str, name: &str) -> (Vec<u8>, bool) {
+    ([&header(name, id, WRITE), RECORDS].concat(), false)
+}
+
+/// The request with which it reads the list, before its first image.
+fn reads_list() -> (Vec<u8>, bool) {
+    (header("parent", "null", READ), true)
+}
+
+#[test]
+fn a_restore_takes_its_own_chain_and_no_other_snapshot() {
+    let hosts = hosts(Form::Patches);
+    let client = OldClient { form: Form::Patches, hosts: &hosts };
+    let [a, b1, b2] = IDS;
+    client.dump(a, None, &images(0, true));
+    client.end_dump();
+    hosts.cache.assert_state(a, SnapshotState::Whole);
+    // The end of a dump ends its chain: the next one has no parent.
+    client.dump(b1, None, &images(1, false));
+    client.dump(b2, Some(b1), &images(2, true));
+    client.end_dump();
+
+    // Another restore is under way.
+    let inventory = (header(INVENTORY, a, READ), true);
+    let replies = another_process(&hosts.cache.dir().join(CACHE_SOCKET), &[inventory]);
+    assert_eq!(replies[0].error, 0);
+    assert_eq!(client.ids_at_cache(), IDS);
+    // It may look at what is in the list before it, as at a parent.
+    for (id, name) in [(b2, INVENTORY), (b2, "pagemap-7.img"), (a, "pagemap-7.img")] {
+        assert_eq!(client.read_at_cache(id, name).unwrap(), RECORDS);
+    }
+    assert_eq!(client.end_restore(), Reply::done());
+    for id in [b1, b2] {
+        hosts.cache.assert_state(id, SnapshotState::Taken);
+    }
+    hosts.cache.assert_state(a, SnapshotState::Whole);
+    assert_eq!(client.ids_at_cache(), [a]);
+    assert_eq!(client.read_at_cache(a, INVENTORY).unwrap(), RECORDS);
+    assert_eq!(client.end_restore(), Reply::done());
+    hosts.cache.assert_state(a, SnapshotState::Taken);
+}
+
+#[test]
+fn a_dump_that_was_killed_is_nobodys_parent_and_spoils_no_other() {
+    let hosts = hosts(Form::Patches);
+    let client = OldClient { form: Form::Patches, hosts: &hosts };
+    let [killed, next, _] = IDS;
+    let dump = [
+        appends(killed),
+        reads_list(),
+        writes(killed, "pagemap-7.img"),
+        writes(killed, "core-7.img"),
+    ];
+    another_process(&hosts.proxy.dir().join(PROXY_SOCKET), &dump);
+    hosts.cache.assert_image(killed, "core-7.img", RECORDS.len() as u64);
+
+    client.append_own_id(next);
+    assert_eq!(client.ids_at_proxy(), [killed, next]);
+    assert_eq!(client.read_at_proxy(killed, "pagemap-7.img").unwrap_err().error, 2);
+    for (name, bytes) in images(0, true) {
+        client.create(next, name).say(&bytes);
+    }
+    client.end_dump();
+    hosts.cache.assert_state(next, SnapshotState::Whole);
+    let reason = hosts.cache.assert_state(killed, SnapshotState::Damaged);
+    assert!(reason.contains("has not said the end of its dump"), "{reason}");
+
+    assert_eq!(client.ids_at_cache(), [killed, next]);
+    assert_eq!(client.read_at_cache(next, INVENTORY).unwrap(), RECORDS);
+    assert_eq!(client.read_at_cache(killed, "pagemap-7.img").unwrap_err().error, 2);
+    let own = client.read_at_cache(killed, INVENTORY).unwrap_err();
+    assert_refused(&own, Errno::IO, "has not said the end of its dump");
+    assert_eq!(client.end_restore(), Reply::done());
+    hosts.cache.assert_state(next, SnapshotState::Taken);
+}
+
+#[test]
+fn a_second_dump_at_once_is_refused_and_its_ending_ends_no_other() {
+    let hosts = hosts(Form::Patches);
+    let client = OldClient { form: Form::Patches, hosts: &hosts };
+    let [first, second, _] = IDS;
+    // A new client writes, too.
+    write(&hosts.proxy, "web", "pages-1.img", b"pages");
+    client.append_own_id(first);
+    assert_eq!(client.ids_at_proxy(), [first]);
+    client.create(first, "pages-1.img").say(b"pages");
+
+    let ending = (header("DUMP_FINISH", "null", WRITE), false);
+    let dump = [appends(second), reads_list(), ending.clone()];
+    let replies = another_process(&hosts.proxy.dir().join(PROXY_SOCKET), &dump);
+    assert_refused(&replies[0], Errno::BUSY, "the dump of snapshot /srv/ckpt/1 by process");
+    hosts.proxy.assert_log(&["/srv/ckpt/1", "give each a pair of daemons of its own"]);
+    assert!(hosts.proxy.show(second).is_none(), "a dump that was refused is listed");
+    hosts.proxy.assert_state(first, SnapshotState::Receiving);
+
+    // A dump fails, and says its ending: no other is called whole for it.
+    client.end_dump();
+    let reason = hosts.cache.assert_state(first, SnapshotState::Damaged);
+    assert!(reason.contains("there is no inventory.img"), "{reason}");
+    hosts.proxy.assert_state("web", SnapshotState::Receiving);
+    assert_eq!(finish(&hosts.proxy, "web", 1), Reply::done());
+
+    // There is room for the other one now.
+    let dump = [appends(second), reads_list(), writes(second, INVENTORY), ending];
+    let replies = another_process(&hosts.proxy.dir().join(PROXY_SOCKET), &dump);
+    assert_eq!(replies[0].error, 0);
+    hosts.cache.assert_state(second, SnapshotState::Whole);
+}
+
+#[test]
+fn where_old_endings_are_not_understood_an_old_clients_dump_fails_before_its_first_image() {
+    let hosts = Hosts::start();
+    for (form, id) in [(Form::Patches, IDS[0]), (Form::Last, IDS[1])] {
+        let client = OldClient { form, hosts: &hosts };
+        client.append_own_id(id);
+        let mut list = Connection::to_proxy(&hosts.proxy);
+        list.say(&header("parent", client.null(), READ));
+        assert_refused(&list.reply(), Errno::INVAL, "remote.historical-endings = true");
+        let reason = hosts.proxy.assert_state(id, SnapshotState::Damaged);
+        assert!(reason.contains("remote.historical-endings = true"), "{reason}");
+        hosts.cache.assert_state(id, SnapshotState::Damaged);
+    }
+    hosts.proxy.assert_log(&["the session of a client", "remote.historical-endings = true"]);
+}
+
+#[test]
+fn without_a_cache_an_old_clients_dump_is_given_up_once() {
+    const GIVE_UP_AFTER: Duration = Duration::from_secs(2);
+    let settings = [("remote.historical-endings", "true"), ("link.give-up-after", "\"2s\"")];
+    let proxy = Daemon::proxy(unused_address(), &settings);
+    let begun = Instant::now();
+    let mut append = Connection::to_proxy(&proxy);
+    append.say(&[header("parent", "null", APPEND), encode_id(IDS[0])].concat());
+    drop(append);
+    let mut list = Connection::to_proxy(&proxy);
+    list.say(&header("parent", "null", READ));
+    assert_refused(&list.reply(), Errno::IO, "no link to the cache");
+    // The proxy stops before a pause that would end too late; two such waits take longer than one may.
+    assert!(begun.elapsed() < GIVE_UP_AFTER + GIVE_UP_AFTER / 4, "{:?}", begun.elapsed());
 }

@@ -4,11 +4,13 @@
 //!   `write` an image on its way.
 //! - `snapshot`: a snapshot that its clients have begun and not ended.
 //! - `read`: what a dump reads of its parents.
+//! - `old_clients`: whose endings name no snapshot.
 //!
 //! Requests are registered here at the moment they are looked at, and that is the order in which clients
 //! were accepted: so the end of a dump waits for the images whose headers came before it, and a list
 //! is read with all that was appended.
 
+mod old_clients;
 mod read;
 pub(super) mod session;
 mod snapshot;
@@ -26,6 +28,9 @@ use tokio::sync::Notify;
 use super::Proxy;
 use super::failure::Failure;
 use crate::control::model::SnapshotState;
+use crate::criu::historical::is_their_list;
+use crate::daemon::sessions::Peer;
+use old_clients::Refusals;
 use snapshot::Snapshot;
 
 /// Snapshots that are begun and not ended, as many as a cache takes on one link.
@@ -58,6 +63,7 @@ pub(super) struct Remote {
     /// How many clients append to each list now.
     appending: RefCell<HashMap<String, usize>>,
     appended: Notify,
+    refusals: Refusals,
 }
 
 impl Remote {
@@ -74,8 +80,15 @@ impl Remote {
         }
     }
 
-    /// The snapshot whose id is appended to a list: a dump begins, whatever became of the last one.
-    fn listed(&self, proxy: &Rc<Proxy>, id: &str) -> Result<Rc<Snapshot>, Refusal> {
+    /// The snapshot whose id is appended to a list: a dump begins, whatever became of the last one. `old` is
+    /// the old client that does it, if it is one.
+    fn listed(
+        &self,
+        proxy: &Rc<Proxy>,
+        id: &str,
+        list: &str,
+        old: Option<Peer>,
+    ) -> Result<Rc<Snapshot>, Refusal> {
         let snapshot = match self.find(id) {
             Some(snapshot) if snapshot.has_failed() => {
                 self.forget(&snapshot);
@@ -85,8 +98,16 @@ impl Remote {
             None => self.begin(proxy, id)?,
         };
         snapshot.must_be_open()?;
-        snapshot.set_listed();
+        snapshot.set_listed(list);
+        if let Some(peer) = old {
+            snapshot.set_process(peer);
+        }
         Ok(snapshot)
+    }
+
+    /// An old client may append an id to its list, unless another one dumps.
+    fn make_way(&self, peer: Peer, list: &str) -> Result<(), Refusal> {
+        old_clients::make_way(&self.not_ending(), peer, list)
     }
 
     fn begin(&self, proxy: &Rc<Proxy>, id: &str) -> Result<Rc<Snapshot>, Refusal> {
@@ -134,15 +155,38 @@ impl Remote {
         Ok(snapshot)
     }
 
-    /// All that are under way, oldest first: their dump has ended.
-    fn all_ending(&self) -> Vec<Rc<Snapshot>> {
-        let snapshots = self.snapshots.borrow();
-        let ending: Vec<_> =
-            snapshots.values().filter(|snapshot| !snapshot.is_ending()).cloned().collect();
+    /// Those of an old client, oldest first: it has said the end of its dump.
+    fn ended_by(&self, peer: Peer) -> Vec<Rc<Snapshot>> {
+        let ending = old_clients::ended_by(&self.not_ending(), peer);
         for snapshot in &ending {
             snapshot.set_ending();
         }
         ending
+    }
+
+    fn not_ending(&self) -> Vec<Rc<Snapshot>> {
+        let snapshots = self.snapshots.borrow();
+        snapshots.values().filter(|snapshot| !snapshot.is_ending()).cloned().collect()
+    }
+
+    /// What an old client has to be told that reads a list. Where its ending would not be `understood` this is
+    /// the last moment at which its dump can fail: it reads the list before its first image.
+    fn may_read_list(&self, peer: Peer, list: &str, understood: bool) -> Result<(), Refusal> {
+        self.refusals.of(peer, list)?;
+        if understood || !is_their_list(list) {
+            return Ok(());
+        }
+        let is_its = |snapshot: &&Rc<Snapshot>| snapshot.is_of(peer) && snapshot.is_in(list);
+        let begun: Vec<_> = self.not_ending();
+        let mut begun = begun.iter().filter(is_its).peekable();
+        if begun.peek().is_none() {
+            return Ok(());
+        }
+        let refusal = old_clients::not_understood();
+        for snapshot in begun {
+            snapshot.fail(&Failure::Incomplete(refusal.reason.clone()));
+        }
+        Err(refusal)
     }
 
     /// Somebody appends to a list, until the guard is dropped.

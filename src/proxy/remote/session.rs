@@ -12,6 +12,8 @@ use super::snapshot::{Snapshot, Writing};
 use super::task::{Next, Task, take};
 use super::{Refusal, read};
 use crate::config::{ProxySettings, Reads};
+use crate::criu::historical::is_their_list;
+use crate::criu::pages::Space;
 use crate::criu::remote::{PARENT, Reply};
 use crate::daemon::journal;
 use crate::daemon::remote::{BadClient, Client};
@@ -70,7 +72,7 @@ impl Session {
         let settings = proxy.settings();
         let patience = settings.sessions.request_timeout;
         let mut client = Client::new(socket, patience, settings.remote.historical_endings);
-        let first = client.come_already().map(|come| take(&proxy, come));
+        let first = client.come_already().map(|come| take(&proxy, peer, come));
         (Session { proxy, settings, client, peer }, first)
     }
 
@@ -78,7 +80,7 @@ impl Session {
         loop {
             let next = match come.take() {
                 Some(next) => next,
-                None => take(&self.proxy, self.client.next().await),
+                None => take(&self.proxy, self.peer, self.client.next().await),
             };
             let done = match next {
                 Ok(None) => return,
@@ -109,7 +111,14 @@ impl Session {
                 self.write(&writing, append, acknowledge).await
             }
             Task::Append { appending, acknowledge } => {
-                let appended = self.append(&appending.list, acknowledge).await;
+                let list = &appending.list;
+                let old = (!acknowledge && is_their_list(list)).then_some(self.peer);
+                let appended = self.append(list, acknowledge, old).await;
+                let refusals = &self.proxy.remote.refusals;
+                match &appended {
+                    Err(refusal) if !acknowledge => refusals.remember(self.peer, list, refusal),
+                    _ => refusals.forget(self.peer, list),
+                }
                 self.concluded(appended, acknowledge).await?;
                 Ok(false)
             }
@@ -118,14 +127,29 @@ impl Session {
                 let find = async {
                     if let Some(writing) = self.proxy.remote.find(&snapshot) {
                         writing.image_ended(&name).await;
+                        writing.must_not_have_failed()?;
                     }
                     read::find(&self.proxy, &snapshot, &name).await
+                };
+                // To an old client what cannot be read is no parent, and CRIU sends all pages.
+                let is_old = self.settings.remote.historical_endings && pipe.is_none();
+                let is_parents = is_old && Space::of_pagemap(&name).is_some();
+                let find = async {
+                    find.await.map_err(|refusal| match refusal.errno {
+                        Errno::IO | Errno::STALE if is_parents => {
+                            Refusal::new(Errno::NOENT, refusal.reason)
+                        }
+                        _ => refusal,
+                    })
                 };
                 self.read(find, through_pipe).await
             }
             Task::ReadList { list, pipe } => {
                 let find = async {
-                    self.proxy.remote.appended(&list).await;
+                    let remote = &self.proxy.remote;
+                    remote.appended(&list).await;
+                    let understood = self.settings.remote.historical_endings || pipe;
+                    remote.may_read_list(self.peer, &list, understood)?;
                     read::find(&self.proxy, &list, PARENT).await
                 };
                 self.read(find, pipe).await
@@ -196,14 +220,22 @@ impl Session {
     }
 
     /// Each id begins its snapshot, and goes to the end of the list at the cache.
-    async fn append(&self, list: &str, acknowledge: bool) -> Result<(), Refusal> {
+    async fn append(
+        &self,
+        list: &str,
+        acknowledge: bool,
+        old: Option<Peer>,
+    ) -> Result<(), Refusal> {
         let patience = self.settings.sessions.stall_timeout;
         let limit = self.settings.link.ack_timeout;
         if acknowledge {
             self.client.reply(&Reply::done()).await.map_err(|bad| refusal_of(&bad))?;
         }
         while let Some(id) = self.client.entry(patience).await.map_err(|bad| refusal_of(&bad))? {
-            let snapshot = self.proxy.remote.listed(&self.proxy, &id)?;
+            if let (Some(peer), true) = (old, self.settings.remote.historical_endings) {
+                self.proxy.remote.make_way(peer, list)?;
+            }
+            let snapshot = self.proxy.remote.listed(&self.proxy, &id, list, old)?;
             let listed = async {
                 let upload = snapshot.upload(&self.proxy).await?;
                 upload.list(list).await;

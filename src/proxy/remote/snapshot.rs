@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use tokio::sync::{Notify, OnceCell, watch};
 
 use super::Refusal;
+use super::old_clients::Process;
+use crate::daemon::sessions::Peer;
 use crate::proxy::Proxy;
 use crate::proxy::dump::tell;
 use crate::proxy::failure::Failure;
@@ -30,7 +32,10 @@ pub(super) struct Snapshot {
     closed: Notify,
     /// How many images were opened.
     opened: Cell<u64>,
-    listed: Cell<bool>,
+    /// The list that it was appended to last.
+    list: RefCell<Option<String>>,
+    /// The process that appended or wrote to it without an acknowledgement.
+    process: RefCell<Option<Process>>,
     ending: Cell<bool>,
     phase: watch::Sender<Phase>,
     forgotten: Notify,
@@ -62,7 +67,8 @@ impl Snapshot {
             open: RefCell::default(),
             closed: Notify::new(),
             opened: Cell::new(0),
-            listed: Cell::new(false),
+            list: RefCell::default(),
+            process: RefCell::default(),
             ending: Cell::new(false),
             phase: watch::Sender::new(Phase::UnderWay),
             forgotten: Notify::new(),
@@ -178,10 +184,17 @@ impl Snapshot {
         matches!(*self.phase.borrow(), Phase::Failed(_))
     }
 
-    pub(super) fn must_be_open(&self) -> Result<(), Refusal> {
-        if let Phase::Failed(why) = &*self.phase.borrow() {
-            return Err(Refusal::failed(format!("snapshot {} is damaged: {why}", self.id)));
+    pub(super) fn must_not_have_failed(&self) -> Result<(), Refusal> {
+        match &*self.phase.borrow() {
+            Phase::Failed(why) => {
+                Err(Refusal::failed(format!("snapshot {} is damaged: {why}", self.id)))
+            }
+            Phase::UnderWay | Phase::Sent => Ok(()),
         }
+    }
+
+    pub(super) fn must_be_open(&self) -> Result<(), Refusal> {
+        self.must_not_have_failed()?;
         if self.ending.get() {
             let reason = format!("the dump of {} has ended", self.id);
             return Err(Refusal::new(Errno::INVAL, reason));
@@ -210,11 +223,46 @@ impl Snapshot {
     }
 
     pub(super) fn is_listed(&self) -> bool {
-        self.listed.get()
+        self.list.borrow().is_some()
     }
 
-    pub(super) fn set_listed(&self) {
-        self.listed.set(true);
+    pub(super) fn set_listed(&self, list: &str) {
+        *self.list.borrow_mut() = Some(list.to_owned());
+    }
+
+    /// A process works on it that is not answered.
+    pub(super) fn set_process(&self, peer: Peer) {
+        let mut process = self.process.borrow_mut();
+        if process.as_ref().is_none_or(|known| known.pid != peer.pid) {
+            *process = Some(Process::of(peer));
+        }
+    }
+
+    /// Whether it is one of the old clients' in that list.
+    pub(super) fn is_in(&self, list: &str) -> bool {
+        self.process.borrow().is_some() && self.list.borrow().as_deref() == Some(list)
+    }
+
+    /// Whether a process works on it that is not answered.
+    pub(super) fn is_of(&self, peer: Peer) -> bool {
+        self.process.borrow().as_ref().is_some_and(|process| process.pid == peer.pid)
+    }
+
+    /// Whether both are in one list of old clients.
+    pub(super) fn shares_list_with(&self, other: &Snapshot) -> bool {
+        self.list.borrow().as_deref().is_some_and(|list| other.is_in(list))
+    }
+
+    /// Whether an image is open, or the process lives that works on it.
+    pub(super) fn is_being_written(&self) -> bool {
+        let lives = || self.process.borrow().as_ref().is_some_and(Process::lives);
+        !self.has_failed() && (!self.open.borrow().is_empty() || lives())
+    }
+
+    /// Who works on it, for people.
+    pub(super) fn process_name(&self) -> String {
+        let process = self.process.borrow();
+        process.as_ref().map_or_else(String::new, |process| format!("process {}", process.pid))
     }
 }
 

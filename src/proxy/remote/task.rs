@@ -8,6 +8,7 @@ use super::snapshot::{Snapshot, Writing};
 use super::{Appending, Refusal};
 use crate::criu::remote::Request;
 use crate::daemon::remote::BadClient;
+use crate::daemon::sessions::Peer;
 use crate::proxy::Proxy;
 
 /// A request that has taken effect as far as others see it; the work is to be done.
@@ -48,7 +49,11 @@ pub(super) enum Task {
 pub(super) type Next = Result<Option<Task>, BadClient>;
 
 /// What a request does at once.
-pub(super) fn take(proxy: &Rc<Proxy>, come: Result<Option<Request>, BadClient>) -> Next {
+pub(super) fn take(
+    proxy: &Rc<Proxy>,
+    peer: Peer,
+    come: Result<Option<Request>, BadClient>,
+) -> Next {
     let Some(request) = come? else { return Ok(None) };
     let refused = |listens| move |refusal| Task::Refused { refusal, listens };
     let task =
@@ -56,6 +61,11 @@ pub(super) fn take(proxy: &Rc<Proxy>, come: Result<Option<Request>, BadClient>) 
             Request::Write { snapshot, name, append, acknowledge } => proxy
                 .remote
                 .written(proxy, &snapshot)
+                .inspect(|snapshot| {
+                    if !acknowledge {
+                        snapshot.set_process(peer);
+                    }
+                })
                 .and_then(|snapshot| snapshot.open(&name))
                 .map_or_else(refused(acknowledge), |writing| Task::Write {
                     writing,
@@ -72,7 +82,7 @@ pub(super) fn take(proxy: &Rc<Proxy>, come: Result<Option<Request>, BadClient>) 
                     Task::End { snapshot, images, acknowledge }
                 })
             }
-            Request::HistoricalEndOfDump => Task::EndAll(proxy.remote.all_ending()),
+            Request::HistoricalEndOfDump => Task::EndAll(proxy.remote.ended_by(peer)),
             Request::EndOfRestore { .. } | Request::HistoricalEndOfRestore => {
                 let reason = "a restore ends at the cache, not at the proxy";
                 refused(true)(Refusal::new(Errno::INVAL, reason))
