@@ -86,8 +86,11 @@ impl Backend for Control {
             Socket::Connected(socket) => {
                 tokio::task::spawn_local(serve(cache, socket, source));
             }
-            Socket::Listening(listener) => {
-                self.0.listeners.start(listen(cache, listener, key, source));
+            Socket::Listening(listener, file) => {
+                self.0.listeners.start(async move {
+                    listen(cache, listener, key, source).await;
+                    drop(file);
+                });
             }
         }
         Ok(())

@@ -10,12 +10,13 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use super::sockets::Bound;
 use crate::sys::connected::{Connected, Stream};
+use crate::sys::unix::SocketFile;
 
 /// A unix socket from a peer of the control socket.
 #[derive(Debug)]
 pub enum Socket {
-    /// CRIU runs connect to it.
-    Listening(UnixListener),
+    /// CRIU runs connect to it. Its file is removed when nobody listens any more.
+    Listening(UnixListener, SocketFile),
     /// One CRIU run, or what speaks in its place, is connected.
     Connected(UnixStream),
 }
@@ -24,7 +25,9 @@ impl Socket {
     /// Registers a unix stream socket with the event loop.
     pub fn from(listening: bool, socket: OwnedFd) -> io::Result<Socket> {
         if listening {
-            into_tokio(socket.into()).map(Socket::Listening)
+            let listener = socket.into();
+            let file = SocketFile::of(&listener);
+            into_tokio(listener).map(|listener| Socket::Listening(listener, file))
         } else {
             let socket = net::UnixStream::from(socket);
             socket.set_nonblocking(true)?;

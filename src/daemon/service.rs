@@ -75,7 +75,7 @@ pub(super) fn run<D: Daemon>(
     let local = LocalSet::new();
     runtime.block_on(local.run_until(async {
         let mut signals = Signals::listen()?;
-        let served = sockets.describe();
+        let served = sockets.describe(D::wanted(&settings).work_dir);
         let daemon = D::start(settings, sockets)?;
         // Who is told looks into the log.
         let (message_id, version) = (journal::DAEMON_STARTED, env!("CARGO_PKG_VERSION"));

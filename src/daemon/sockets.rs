@@ -151,12 +151,14 @@ impl Sockets {
         Ok(sockets)
     }
 
-    /// What is served and where, for people.
-    pub fn describe(&self) -> String {
-        let unix = |socket: &UnixListener| {
-            let path = socket.local_addr().ok();
-            let path = path.as_ref().and_then(|address| address.as_pathname());
-            path.map_or_else(|| "a unix socket".to_owned(), |path| path.display().to_string())
+    /// What is served and where, for people. What was bound here is in `work_dir`.
+    pub fn describe(&self, work_dir: &Path) -> String {
+        let unix = |socket: &UnixListener| match socket.local_addr() {
+            Ok(address) => match address.as_pathname() {
+                Some(path) => told(path, work_dir).display().to_string(),
+                None => "a unix socket".to_owned(),
+            },
+            Err(error) => format!("a unix socket ({error})"),
         };
         let either = |socket: &Bound| match socket {
             Bound::Unix(socket) => unix(socket),
@@ -271,6 +273,14 @@ impl Sockets {
     }
 }
 
+/// A socket's path as it was given: one that is too long for a socket was bound [another way](unix::bind).
+fn told(bound: &Path, work_dir: &Path) -> PathBuf {
+    match bound.file_name() {
+        Some(name) if bound.starts_with("/proc/self/fd") => work_dir.join(name),
+        _ => bound.to_owned(),
+    }
+}
+
 fn bind_path(path: &Path) -> Result<Bound, SocketError> {
     let failed = |cause| SocketError::Bind { path: path.to_owned(), cause };
     let (Some(dir), Some(name)) = (path.parent(), path.file_name().and_then(OsStr::to_str)) else {
@@ -309,4 +319,19 @@ fn take_unix(
 ) -> io::Result<()> {
     sockets.extend(descriptors.take_unix_listener(index)?);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_told_by_the_path_that_was_given() {
+        let work_dir = Path::new("/run/criu-image/proxy");
+        for bound in ["/proc/self/fd/5/control.sock", "/run/criu-image/proxy/control.sock"] {
+            assert_eq!(told(Path::new(bound), work_dir), work_dir.join(CONTROL_SOCKET), "{bound}");
+        }
+        let elsewhere = Path::new("/run/elsewhere.sock");
+        assert_eq!(told(elsewhere, work_dir), elsewhere);
+    }
 }

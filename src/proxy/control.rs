@@ -83,10 +83,10 @@ impl Backend for Control {
                     proxy.records.await_no_more(&record);
                 });
             }
-            Socket::Listening(listener) => {
+            Socket::Listening(listener, file) => {
                 self.0.listeners.start(async move {
                     listen(proxy, listener, target, record).await;
-                    drop(open);
+                    drop((open, file));
                 });
             }
         }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use criu_image_relay::control::model::SnapshotState;
-use criu_image_relay::criu::stream::CAPTURE_SOCKET;
+use criu_image_relay::criu::stream::{CAPTURE_SOCKET, SERVE_SOCKET};
 
 use crate::criu::{Criu, RECORDS};
 use crate::daemons::{Daemon, eventually};
@@ -61,6 +61,29 @@ fn a_directory_in_which_a_dump_failed_is_known_after_many_others_have_ended() {
     hosts.proxy.drop_snapshot("dropped");
     let bound = eventually(|| criu_image_relay::sys::unix::bind(dir.path(), "other.sock").is_ok());
     assert!(bound, "somebody listens for a snapshot that was dropped");
+}
+
+#[test]
+fn the_socket_of_an_opened_directory_is_gone_when_its_dump_or_restore_has_ended() {
+    let hosts = Hosts::start();
+    let dir = tempfile::tempdir().unwrap();
+    hosts.cache.try_open_directory("web", dir.path(), SERVE_SOCKET).unwrap();
+    hosts.proxy.try_open_directory("web", dir.path(), CAPTURE_SOCKET).unwrap();
+    assert_dumps(&hosts, "web", dir.path());
+    let has = |name: &str| dir.path().join(name).exists();
+    assert!(eventually(|| !has(CAPTURE_SOCKET)), "the dump's socket is left behind");
+    assert!(has(SERVE_SOCKET));
+    assert_eq!(Criu::in_directory(dir.path(), SERVE_SOCKET).read("core-7.img"), RECORDS);
+    assert!(eventually(|| !has(SERVE_SOCKET)), "the restore's socket is left behind");
+}
+
+#[test]
+fn a_daemon_says_where_its_sockets_are() {
+    let hosts = Hosts::start();
+    for (daemon, socket) in [(&hosts.proxy, CAPTURE_SOCKET), (&hosts.cache, SERVE_SOCKET)] {
+        let path = daemon.dir().join(socket);
+        daemon.assert_log(&[" serves ", &format!("stream on {},", path.display())]);
+    }
 }
 
 #[test]
