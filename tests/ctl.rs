@@ -388,6 +388,7 @@ fn a_directory_is_pushed_and_extracted_unchanged() {
     assert_eq!(pushed.json()["snapshot"], "web");
     assert_eq!(pushed.json()["images"], 4);
     assert_eq!(pushed.json()["skipped"], serde_json::json!(["dump.log", "stats-dump"]));
+    assert!(pushed.err().contains("left behind, as they are no images: dump.log, stats-dump\n"));
     assert_eq!(store.lock()["web"].images, images);
     assert_eq!(proxy.opened.lock().unwrap()[0].to.as_deref(), Some("hostb"));
 

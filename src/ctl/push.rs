@@ -20,6 +20,11 @@ use crate::criu::names::check_name;
 use crate::criu::pages::Space;
 use crate::sys::unix::is_close;
 
+/// What runc and crun write beside the images: where the container's standard streams lead.
+const DESCRIPTORS: &str = "descriptors.json";
+/// So many files that are left behind are named.
+const NAMED: usize = 8;
+
 /// How long the proxy has to tell what became of a session.
 const TOLD_WITHIN: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);
@@ -34,6 +39,9 @@ pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<
         for name in &set.skipped {
             let _ = writeln!(io::stderr(), "{}: left out, no image of the stream", clean(name));
         }
+    }
+    if let Some(line) = left_behind(&set.skipped) {
+        let _ = writeln!(io::stderr(), "{line}");
     }
     let begun = Instant::now();
     let (session, theirs) = Session::new()
@@ -127,6 +135,23 @@ fn is_image(name: &str) -> bool {
     name.strip_suffix(".img").is_some()
         && !name.starts_with("stats-")
         && !name.starts_with("irmap-cache")
+}
+
+/// What is not sent, in one line, and what that means to a container; `None` if nothing is left.
+fn left_behind(skipped: &[String]) -> Option<String> {
+    let names: Vec<_> = skipped.iter().take(NAMED).map(|name| clean(name)).collect();
+    let more = match skipped.len() - names.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let mut line = format!("left behind, as they are no images: {}{more}", names.join(", "));
+    if skipped.iter().any(|name| name == DESCRIPTORS) {
+        line.push_str(&format!(
+            "; it is a container's: runc and crun need {DESCRIPTORS} to restore it, so copy that to the \
+             other host yourself (see Containers in the operator's guide)"
+        ));
+    }
+    (!skipped.is_empty()).then_some(line)
 }
 
 /// Why not all images could be sent.
@@ -257,6 +282,26 @@ mod tests {
         let names: Vec<_> = set.images.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["core-7.img", "pages-1.img", "inventory.img"]);
         assert_eq!(set.skipped, ["dump.log", "irmap-cache.img", "stats-dump", "stats-dump.img"]);
+    }
+
+    #[test]
+    fn what_is_left_behind_is_told_in_one_line() {
+        let left = |names: &[&str]| {
+            left_behind(&names.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        assert_eq!(left(&[]), None);
+        assert_eq!(
+            left(&["dump.log", "stats-dump"]).unwrap(),
+            "left behind, as they are no images: dump.log, stats-dump"
+        );
+        let many: Vec<_> = (0..20).map(|n| format!("{n}\n")).collect();
+        let line = left_behind(&many).unwrap();
+        assert!(line.ends_with(" 7  and 12 more") && !line.contains('\n'), "{line:?}");
+        let container = left(&["descriptors.json"]).unwrap();
+        assert!(
+            container.contains("runc and crun need descriptors.json to restore it"),
+            "{container}"
+        );
     }
 
     #[test]
