@@ -15,9 +15,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 use tokio::select;
 
+use super::complaints::told;
 use super::exit::{Exit, Failure};
 use super::interrupts::Interrupts;
-use super::print::clean;
 use super::work_dir::WorkDir;
 
 /// CRIU's log, in its directory.
@@ -26,8 +26,6 @@ pub(super) const LOG: &str = "criu.log";
 const OUTPUT: &str = "criu.out";
 /// So much of the end of a log is looked at.
 const TAIL: u64 = 64 << 10;
-/// So many lines of it are told.
-const LINES: usize = 8;
 
 /// Which CRIU is run, and where: the options of commands that run it.
 #[derive(Debug, Args)]
@@ -144,17 +142,9 @@ fn terminate(child: &Child) {
     }
 }
 
-/// What CRIU complained of: its errors, or else its last words.
+/// What CRIU complained of.
 fn complaints(dir: &Path) -> Vec<String> {
-    let text = [OUTPUT, LOG].map(|name| tail(&dir.join(name)).unwrap_or_default()).concat();
-    let lines: Vec<_> = text.lines().map(clean).filter(|line| !line.trim().is_empty()).collect();
-    let errors =
-        lines.iter().filter(|line| line.contains("Error") || line.contains("criu-imagectl"));
-    let mut told: Vec<_> = errors.cloned().collect();
-    if told.is_empty() {
-        told = lines;
-    }
-    told.split_off(told.len().saturating_sub(LINES))
+    told(&[OUTPUT, LOG].map(|name| tail(&dir.join(name)).unwrap_or_default()).concat())
 }
 
 fn tail(path: &Path) -> io::Result<String> {
@@ -195,15 +185,11 @@ mod tests {
     }
 
     #[test]
-    fn the_errors_of_a_log_are_told_or_else_its_end() {
+    fn what_is_told_is_of_the_output_and_the_log() {
         let dir = tempfile::tempdir().unwrap();
         assert!(complaints(dir.path()).is_empty());
-        fs::write(dir.path().join(OUTPUT), "usage\n\n").unwrap();
-        assert_eq!(complaints(dir.path()), ["usage"]);
-        let lines = (0..20).map(|n| format!("({n}) Error (criu/x.c:{n}): no\x1b\nWarn\n"));
-        fs::write(dir.path().join(LOG), lines.collect::<String>()).unwrap();
-        let told = complaints(dir.path());
-        assert_eq!(told.len(), LINES);
-        assert_eq!(told[7], "(19) Error (criu/x.c:19): no ");
+        fs::write(dir.path().join(OUTPUT), "criu-imagectl: x: no\n").unwrap();
+        fs::write(dir.path().join(LOG), "Error (criu/x.c:1): no\nWarn\n").unwrap();
+        assert_eq!(complaints(dir.path()), ["criu-imagectl: x: no", "Error (criu/x.c:1): no"]);
     }
 }

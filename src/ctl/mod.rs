@@ -6,6 +6,7 @@
 //! `criu restore` are; `put`, `get` and `finish` are of the remote protocol.
 
 mod cli;
+mod complaints;
 mod criu;
 mod exit;
 mod extract;
