@@ -58,6 +58,8 @@ pub(crate) struct Report {
 /// Two booted hosts; gone when dropped.
 pub(crate) struct Bed {
     dir: tempfile::TempDir,
+    /// Where the binaries are that are installed.
+    build: PathBuf,
 }
 
 impl Bed {
@@ -68,7 +70,7 @@ impl Bed {
 
     /// Boots the hosts, with nothing of the relay, from a tree or from the usual one.
     pub(crate) fn bare(rootfs: Option<&Path>) -> Bed {
-        let bed = Bed { dir: tempfile::tempdir().unwrap() };
+        let bed = Bed { dir: tempfile::tempdir().unwrap(), build: build() };
         let mut up = bed.script("up");
         up.envs(rootfs.map(|tree| ("CRIU_IMAGE_RELAY_ROOTFS", tree)));
         succeeded(&"hosts up", &up.output().unwrap());
@@ -77,7 +79,13 @@ impl Bed {
 
     /// Boots the hosts, installs this build and starts its sockets, nothing else: the services start by themselves.
     pub(crate) fn up() -> Bed {
-        let bed = Bed::boot();
+        Bed::up_with(build())
+    }
+
+    /// The same with the binaries of another build: `DIR/target/release` of another checkout.
+    pub(crate) fn up_with(build: PathBuf) -> Bed {
+        let mut bed = Bed::boot();
+        bed.build = build;
         for host in BOTH {
             bed.hosts(&["install", host.name()]);
         }
@@ -164,6 +172,13 @@ impl Bed {
         self.hosts(&["workload", host.name(), name, &mib, "--seed", &mib]).trim().to_owned()
     }
 
+    /// Starts another of the bed's programs: `threads`, or one that was copied to `/usr/bin` and takes the same options.
+    #[track_caller]
+    pub(crate) fn start(&self, program: &str, host: Host, name: &str, mib: u32) -> String {
+        let mib = mib.to_string();
+        self.hosts(&["start", host.name(), program, name, &mib]).trim().to_owned()
+    }
+
     /// Makes a workload report, wherever it is now.
     #[track_caller]
     pub(crate) fn ask(&self, host: Host, name: &str, pid: &str) -> Report {
@@ -226,9 +241,10 @@ impl Bed {
         succeeded(&arguments, &self.script(command).args(rest).output().unwrap())
     }
 
-    fn script(&self, command: &str) -> Command {
+    /// A command of `tests/bed/hosts` for this bed, to be run as the caller likes.
+    pub(crate) fn script(&self, command: &str) -> Command {
         let mut script = Command::new(repository().join("tests/bed/hosts"));
-        script.arg(command).arg(self.dir.path()).env("CRIU_IMAGE_RELAY_BUILD", build());
+        script.arg(command).arg(self.dir.path()).env("CRIU_IMAGE_RELAY_BUILD", &self.build);
         script
     }
 }
