@@ -10,12 +10,15 @@
 #[path = "../hosts/bed.rs"]
 #[allow(dead_code, reason = "what is not asked for here, other targets have")]
 mod bed;
+mod fault;
+mod peers;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use bed::{BOTH, Bed, Host};
+use fault::{Disturbed, Fault};
 use serde_json::Value;
 
 const USAGE: &str = "\
@@ -25,6 +28,11 @@ usage: tests/long/memory [OPTION…]     as root
   --way WAY         hook: criu dump --stream --action-script 'criu-imagectl hook'
                     plain: criu dump --stream
                     both (default), in turn
+                    streamer: criu-image-streamer and netcat; CRIU_IMAGE_STREAMER says where that program is. The reader that
+                    faults stop is the netcat beside it
+                    page-server: CRIU's own
+                    directory: copied when CRIU has ended
+                    peers: these three
   --fault FAULT     stopped: the cache is stopped (SIGSTOP) before the dump and goes on when it has ended, or after 300 ms
                     moment: the same, stopped at a moment of the dump's first 60 ms, another in each run
                     slow: the link moves 50 MB a second
@@ -38,23 +46,34 @@ A snapshot may be marked as one whose memory may have changed: then a restore ha
 and what it holds is counted apart. Ends with 0 if no process was restored with changed memory without that, and nothing failed.
 ";
 
-/// How CRIU is called.
+/// Who takes the images from CRIU.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
     Hook,
     Plain,
+    Streamer,
+    PageServer,
+    Directory,
 }
 
-/// What happens to the link meanwhile.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Fault {
-    Stopped,
-    Moment,
-    Slow,
-    None,
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Way::Hook => "hook",
+            Way::Plain => "plain",
+            Way::Streamer => "streamer",
+            Way::PageServer => "page-server",
+            Way::Directory => "directory",
+        }
+    }
+
+    fn is_peer(self) -> bool {
+        !matches!(self, Way::Hook | Way::Plain)
+    }
 }
 
-const WAYS: [Way; 2] = [Way::Hook, Way::Plain];
+const BY_HAND: [Way; 2] = [Way::Hook, Way::Plain];
+const PEERS: [Way; 3] = [Way::Streamer, Way::PageServer, Way::Directory];
 const FAULTS: [Fault; 4] = [Fault::Stopped, Fault::Moment, Fault::Slow, Fault::None];
 
 struct Options {
@@ -75,6 +94,16 @@ struct Run {
     marked: bool,
     /// What was another in the restored process; empty as it should be.
     changes: Vec<String>,
+}
+
+/// A process that runs on the other host.
+struct Moved {
+    /// From CRIU's start to its end.
+    dump: Duration,
+    /// Its snapshot was marked, and refused before it was accepted.
+    marked: bool,
+    /// The snapshot that the cache keeps.
+    id: Option<String>,
 }
 
 /// What came of the runs of one way under one fault.
@@ -119,7 +148,7 @@ fn main() -> ExitCode {
 fn parse() -> Options {
     let mut options = Options {
         runs: 200,
-        ways: WAYS.to_vec(),
+        ways: BY_HAND.to_vec(),
         faults: FAULTS.to_vec(),
         jvm: false,
         mib: 1,
@@ -133,7 +162,11 @@ fn parse() -> Options {
             ("--mib", mib) => options.mib = mib.parse().expect("--mib wants a number"),
             ("--way", "hook") => options.ways = vec![Way::Hook],
             ("--way", "plain") => options.ways = vec![Way::Plain],
-            ("--way", "both") => options.ways = WAYS.to_vec(),
+            ("--way", "both") => options.ways = BY_HAND.to_vec(),
+            ("--way", "streamer") => options.ways = vec![Way::Streamer],
+            ("--way", "page-server") => options.ways = vec![Way::PageServer],
+            ("--way", "directory") => options.ways = vec![Way::Directory],
+            ("--way", "peers") => options.ways = PEERS.to_vec(),
             ("--fault", "stopped") => options.faults = vec![Fault::Stopped],
             ("--fault", "moment") => options.faults = vec![Fault::Moment],
             ("--fault", "slow") => options.faults = vec![Fault::Slow],
@@ -160,6 +193,7 @@ fn prepare(options: &Options) -> Bed {
         let tree = PathBuf::from(String::from_utf8(made.stdout).unwrap().trim());
         BOTH.iter().for_each(|host| bed.copy(*host, &tree, "/"));
     }
+    peers::prepare(&bed, &options.ways);
     // The link comes up with the first snapshot, and stays.
     run(&bed, options, "warm", Way::Plain, Fault::None, 0).expect("a first migration");
     bed
@@ -182,58 +216,30 @@ fn run(
 ) -> Result<Run, String> {
     let pid = bed.start(options.program(), Host::A, name, options.mib);
     let before = ask(bed, Host::A, name, &pid)?;
-    let dump = dump(bed, &pid, way, fault, number)?;
-    let id = arrived(bed)?;
-    let marked = restore(bed, &id)?;
+    let disturbed = Disturbed { fault, run: number };
+    let moved = if way.is_peer() {
+        Moved { dump: peers::migrate(bed, way, &pid, &disturbed)?, marked: false, id: None }
+    } else {
+        migrate(bed, way, &pid, &disturbed)?
+    };
     let changes = examine(bed, options, name, &pid, &before)?;
     bed.run(Host::B, &["kill", "-KILL", &pid]);
-    bed.ok(Host::B, &["criu-imagectl", "--cache", "drop", &id]);
-    Ok(Run { dump, marked, changes })
+    if let Some(id) = moved.id {
+        bed.ok(Host::B, &["criu-imagectl", "--cache", "drop", &id]);
+    }
+    Ok(Run { dump: moved.dump, marked: moved.marked, changes })
 }
 
-/// Dumps it, with the fault; returns how long CRIU took, which was still frozen at its end.
-fn dump(bed: &Bed, pid: &str, way: Way, fault: Fault, number: u32) -> Result<Duration, String> {
+/// Dumps it by hand and restores it.
+fn migrate(bed: &Bed, way: Way, pid: &str, disturbed: &Disturbed) -> Result<Moved, String> {
     let mut command = Bed::dump(pid, Host::A.work_dir()).to_vec();
     if way == Way::Hook {
         command.extend(["--action-script", "criu-imagectl hook"]);
     }
     let cache = bed.daemon_pid(Host::B);
-    let signal = |signal| bed.ok(Host::B, &["kill", signal, &cache]);
-    if fault == Fault::Slow {
-        let shape = "tc qdisc add dev eth0 root tbf rate 400mbit burst 256k latency 100ms";
-        bed.ok(Host::A, &["sh", "-c", shape]);
-    }
-    if fault == Fault::Stopped {
-        signal("-STOP");
-    }
-    let start = Instant::now();
-    let mut criu = bed.spawn(Host::A, &command);
-    if fault == Fault::Moment {
-        std::thread::sleep(Duration::from_millis(u64::from(number * 7 % 60)));
-        signal("-STOP");
-    }
-    // Where CRIU waits for the cache, it would wait for ever.
-    let limit = start + Duration::from_millis(300);
-    let ended = |criu: &mut std::process::Child| criu.try_wait().unwrap().is_some();
-    while matches!(fault, Fault::Stopped | Fault::Moment)
-        && !ended(&mut criu)
-        && Instant::now() < limit
-    {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    if matches!(fault, Fault::Stopped | Fault::Moment) {
-        signal("-CONT");
-    }
-    let output = criu.wait_with_output().unwrap();
-    let took = start.elapsed();
-    if fault == Fault::Slow {
-        bed.ok(Host::A, &["tc", "qdisc", "del", "dev", "eth0", "root"]);
-    }
-    if output.status.success() {
-        Ok(took)
-    } else {
-        Err(format!("criu dump: {}{}", output.status, String::from_utf8_lossy(&output.stderr)))
-    }
+    let dump = disturbed.dump(bed, &command, Some((Host::B, &cache)))?;
+    let id = arrived(bed)?;
+    Ok(Moved { dump, marked: restore(bed, &id)?, id: Some(id) })
 }
 
 /// The id of the one snapshot that the cache holds, once it holds all of it.
@@ -334,7 +340,7 @@ fn ask(bed: &Bed, host: Host, name: &str, pid: &str) -> Result<Value, String> {
 /// After a failure: nothing of this run may be met by the next.
 fn clean_up(bed: &Bed) {
     for host in BOTH {
-        bed.run(host, &["pkill", "-KILL", "-x", "criu|threads|java"]);
+        bed.run(host, &["pkill", "-KILL", "-x", "criu|threads|java|criu-image-stre|nc|tar"]);
     }
     bed.run(Host::A, &["sh", "-c", "tc qdisc del dev eth0 root 2>/dev/null"]);
     for snapshot in bed.list(Host::B) {
@@ -375,12 +381,12 @@ fn tell(options: &Options, counts: &[Count]) {
         "way    fault     as before  CHANGED  marked (changed)  failed  dump: median, longest"
     );
     for (index, count) in counts.iter().enumerate() {
-        let way = format!("{:?}", options.ways[index % options.ways.len()]).to_lowercase();
+        let way = options.ways[index % options.ways.len()].name();
         let fault = format!("{:?}", options.faults[index / options.ways.len()]).to_lowercase();
         let mut dumps = count.dumps.clone();
         dumps.sort();
         println!(
-            "{way:<6} {fault:<8} {:>10} {:>8} {:>7} {:>9} {:>7}  {:.0?}, {:.0?}",
+            "{way:<11} {fault:<8} {:>10} {:>8} {:>7} {:>9} {:>7}  {:.0?}, {:.0?}",
             count.whole,
             count.changed,
             count.marked,
