@@ -8,10 +8,13 @@
 //! whoever comes after a run finds its memory, which the machine may have given back to its host.
 //!
 //! - floor: `criu dump` to tmpfs and `criu restore` from tmpfs, on one host, no network at all;
-//! - after: `criu dump --stream` on one host, then `criu restore --stream` on the other;
-//! - waiting: the same, but the restore is started first and waits at the cache for its snapshot.
+//! - hook: `criu dump --stream` with the action script `criu-imagectl hook` on one host, then `criu restore --stream` on the
+//!   other;
+//! - plain: the same without the script;
+//! - waiting: the same as plain, but the restore is started first and waits at the cache for its snapshot.
 //!
-//! With `--peers` also what others do between the same two CRIUs ([`peers`]).
+//! With `--peers` also what others do between the same two CRIUs ([`peers`]). With `--against DIR` also plain and waiting, on two
+//! more hosts, with the binaries of another build: `target/release` of a checkout of the release before.
 //!
 //! The measure is from the start of the dump until the process runs again. Machines are noisy: read
 //! the medians and their ratio, not the single figures.
@@ -25,19 +28,38 @@ mod bed;
 mod peers;
 mod ways;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bed::{BOTH, Bed, Host};
-use ways::{Run, Way};
+use ways::{FLOOR, RELAY, Run, Way};
+
+/// A way, and the hosts on which it is taken.
+struct Column<'a> {
+    name: String,
+    bed: &'a Bed,
+    way: Way,
+}
 
 fn main() {
-    let (mib, runs) = (option("--mib", 1024), option("--runs", 5));
-    let bed = Bed::up();
-    bed.configure(Host::B, "keep", "\"taken\"");
-    let mut ways = ways::RELAY.to_vec();
-    if std::env::args().any(|argument| argument == "--peers") {
+    let number = |name, default| option(name).map_or(default, |value| value.parse().unwrap());
+    let (mib, runs) = (number("--mib", 1024), number("--runs", 5));
+    let with_peers = std::env::args().any(|argument| argument == "--peers");
+    let bed = up(bed::build());
+    let other = option("--against").map(|build| up(std::path::absolute(build).unwrap()));
+    let mut ways: Vec<Column> = Vec::new();
+    let mut add = |bed, suffix: &str, given: &[Way]| {
+        let column = |way: &Way| Column { name: format!("{}{suffix}", way.0), bed, way: *way };
+        ways.extend(given.iter().map(column));
+    };
+    add(&bed, "", &[FLOOR]);
+    add(&bed, "", &RELAY);
+    if let Some(other) = &other {
+        add(other, ", other", &RELAY[1..]);
+    }
+    if with_peers {
         peers::prepare(&bed);
-        ways.extend(peers::PEERS);
+        add(&bed, "", &peers::PEERS);
     }
 
     println!(
@@ -45,14 +67,14 @@ fn main() {
          floor's"
     );
     print!("{:>4}", "run");
-    for (name, _) in &ways {
+    for Column { name, .. } in &ways {
         print!("  {name:>22}");
     }
     println!();
     let mut taken: Vec<Vec<Run>> = vec![Vec::new(); ways.len()];
     // The first run warms up the page cache and the services; it is not counted.
     for number in 0..=runs {
-        let one = in_turn(&bed, &ways, number, mib);
+        let one = in_turn(&ways, number, mib);
         print!("{:>4}", if number == 0 { "warm".to_owned() } else { number.to_string() });
         for run in &one {
             print!("  {:>22}", show(run, &one[0]));
@@ -62,17 +84,18 @@ fn main() {
             taken.iter_mut().zip(one).for_each(|(runs, run)| runs.push(run));
         }
     }
-    for ((name, _), runs) in ways.iter().zip(&taken) {
+    for (Column { name, .. }, runs) in ways.iter().zip(&taken) {
         tell(name, runs, &taken[0], mib);
     }
 }
 
 /// One run of each way, in the order of `ways`, each time beginning with another.
-fn in_turn(bed: &Bed, ways: &[Way], number: u32, mib: u32) -> Vec<Run> {
+fn in_turn(ways: &[Column], number: u32, mib: u32) -> Vec<Run> {
     let mut runs = vec![None; ways.len()];
     for place in 0..ways.len() {
         let which = (number as usize + place) % ways.len();
-        runs[which] = Some((ways[which].1)(bed, &format!("m{number}-{which}"), mib));
+        let Column { bed, way: (_, migrate), .. } = ways[which];
+        runs[which] = Some(migrate(bed, &format!("m{number}-{which}"), mib));
     }
     runs.into_iter().flatten().collect()
 }
@@ -89,14 +112,14 @@ fn tell(name: &str, runs: &[Run], floors: &[Run], mib: u32) {
     let gb = f64::from(mib) * 1.048_576e-3;
     let hosts = median(runs, |run| run.hosts) / gb;
     println!(
-        "{name:<12} median {total:.3} s = {:.3} x floor; both hosts {hosts:.2} CPU seconds per GB",
+        "{name:<14} median {total:.3} s = {:.3} x floor; both hosts {hosts:.2} CPU seconds per GB",
         total / floor
     );
     for (index, host) in BOTH.iter().enumerate() {
         let used: Option<Vec<_>> = runs.iter().map(|run| Some(run.daemons?[index])).collect();
         let Some(used) = used else { return };
         let cpu = middle(used) / gb;
-        println!("             {} {cpu:.3} CPU seconds per GB", host.daemon());
+        println!("               {} {cpu:.3} CPU seconds per GB", host.daemon());
     }
 }
 
@@ -112,8 +135,16 @@ fn middle(mut values: Vec<Duration>) -> f64 {
     values[lower].as_secs_f64().midpoint(values[upper].as_secs_f64())
 }
 
-fn option(name: &str, default: u32) -> u32 {
+/// Two hosts with a build, whose cache forgets what was restored.
+fn up(build: PathBuf) -> Bed {
+    let bed = Bed::up_with(build);
+    bed.configure(Host::B, "keep", "\"taken\"");
+    bed
+}
+
+/// What follows an option on the command line.
+fn option(name: &str) -> Option<String> {
     let mut arguments = std::env::args();
-    arguments.find(|argument| argument == name);
-    arguments.next().map_or(default, |value| value.parse().expect("a number"))
+    arguments.find(|argument| argument == name)?;
+    Some(arguments.next().unwrap_or_else(|| panic!("{name} wants a value")))
 }

@@ -20,8 +20,14 @@ pub(crate) struct Run {
 /// A way to move a process: its name, and a run of it with a new process of that name and size.
 pub(crate) type Way = (&'static str, fn(&Bed, &str, u32) -> Run);
 
-/// The floor, by which all are measured, and the relay.
-pub(crate) const RELAY: [Way; 3] = [("floor", floor), ("after", after), ("waiting", waiting)];
+/// The floor, by which all are measured.
+pub(crate) const FLOOR: Way = ("floor", floor);
+
+/// The relay.
+pub(crate) const RELAY: [Way; 3] = [("hook", hook), ("plain", plain), ("waiting", waiting)];
+
+/// What makes CRIU wait until the cache has acknowledged everything.
+const HOOK: [&str; 2] = ["--action-script", "criu-imagectl hook"];
 
 /// Where images are, where there are files.
 pub(crate) const IMAGES: &str = "/tmp/images";
@@ -44,15 +50,19 @@ pub(crate) fn restore_files() -> [&'static str; 7] {
     ["criu", "restore", "-d", "-D", IMAGES, "-o", "restore.log"]
 }
 
-fn after(bed: &Bed, name: &str, mib: u32) -> Run {
-    relay(bed, name, mib, false)
+fn hook(bed: &Bed, name: &str, mib: u32) -> Run {
+    relay(bed, name, mib, &HOOK, false)
+}
+
+fn plain(bed: &Bed, name: &str, mib: u32) -> Run {
+    relay(bed, name, mib, &[], false)
 }
 
 fn waiting(bed: &Bed, name: &str, mib: u32) -> Run {
-    relay(bed, name, mib, true)
+    relay(bed, name, mib, &[], true)
 }
 
-fn relay(bed: &Bed, name: &str, mib: u32, restore_first: bool) -> Run {
+fn relay(bed: &Bed, name: &str, mib: u32, options: &[&str], restore_first: bool) -> Run {
     let before = BOTH.map(|host| daemon_cpu(bed, host));
     let mut run = measure(bed, name, mib, Host::B, |pid| {
         let spawn_restore = || bed.spawn(Host::B, &Bed::restore(Host::B.work_dir()));
@@ -63,7 +73,7 @@ fn relay(bed: &Bed, name: &str, mib: u32, restore_first: bool) -> Run {
             child
         });
         let start = Instant::now();
-        bed.ok(Host::A, &Bed::dump(pid, Host::A.work_dir()));
+        bed.ok(Host::A, &[&Bed::dump(pid, Host::A.work_dir())[..], options].concat());
         let dump = start.elapsed();
         bed::finish(waiting.unwrap_or_else(spawn_restore));
         (dump, start.elapsed())
