@@ -27,7 +27,7 @@ signal kills CRIU, which may leave the process without its connections.
 
 Rounds need a kernel with soft-dirty tracking (criu check --feature mem_dirty_track). Without it, or \
 with --max-rounds 0, there is only the final dump; how long it freezes the process is reckoned from its \
-memory at 1 Gbit/s.";
+memory, by how fast the proxy has sent before, and from its processes and runs of pages.";
 
 /// `migrate`
 #[derive(Debug, Args)]

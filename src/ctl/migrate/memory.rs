@@ -83,6 +83,46 @@ pub(super) fn dirty(pids: &[u32]) -> io::Result<u64> {
     Ok((dirty.private + dirty.shared.values().sum::<u64>()) * page_size() as u64)
 }
 
+/// How many runs of pages a dump of these processes has to bring: pages that follow each other.
+///
+/// # Errors
+///
+/// Those of [`dirty`].
+pub(super) fn runs(pids: &[u32]) -> io::Result<u64> {
+    let (mut budget, mut runs) = (MAX_MAPPED, 0);
+    for pid in pids {
+        match runs_of(*pid, &mut budget) {
+            Ok(more) => runs += more,
+            Err(error) if fs::exists(format!("/proc/{pid}")).unwrap_or(true) => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Ok(runs)
+}
+
+fn runs_of(pid: u32, budget: &mut u64) -> io::Result<u64> {
+    let (maps, pagemap) = mappings(pid)?;
+    let mut runs = 0;
+    for mapping in maps.lines().filter_map(Mapping::parse) {
+        mapping.spend(budget)?;
+        runs += mapping.count(&pagemap, |entry| mapping.is_held(entry))?.runs;
+    }
+    Ok(runs)
+}
+
+/// What a process has mapped, and its pagemap.
+fn mappings(pid: u32) -> io::Result<(String, File)> {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    Ok((fs::read_to_string(proc.join("maps"))?, File::open(proc.join("pagemap"))?))
+}
+
+/// Pages, and runs of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Count {
+    pages: u64,
+    runs: u64,
+}
+
 /// Pages that are counted.
 struct DirtyPages {
     /// How many bytes of mappings may be looked through yet.
@@ -94,15 +134,10 @@ struct DirtyPages {
 
 impl DirtyPages {
     fn add(&mut self, pid: u32) -> io::Result<()> {
-        let proc = PathBuf::from(format!("/proc/{pid}"));
-        let maps = fs::read_to_string(proc.join("maps"))?;
-        let pagemap = File::open(proc.join("pagemap"))?;
+        let (maps, pagemap) = mappings(pid)?;
         for mapping in maps.lines().filter_map(Mapping::parse) {
-            self.budget = self
-                .budget
-                .checked_sub(mapping.end - mapping.start)
-                .ok_or_else(|| io::Error::other("too much is mapped"))?;
-            let pages = mapping.count(&pagemap)?;
+            mapping.spend(&mut self.budget)?;
+            let pages = mapping.count(&pagemap, |entry| mapping.has_to_go(entry))?.pages;
             match mapping.shared {
                 None => self.private += pages,
                 Some(shared) => {
@@ -142,24 +177,42 @@ impl Mapping {
         wanted.then_some(Mapping { start, end, shared })
     }
 
-    /// How many of its pages the next round brings.
-    fn count(&self, pagemap: &File) -> io::Result<u64> {
+    /// Takes what it maps from what may be looked through.
+    fn spend(&self, budget: &mut u64) -> io::Result<()> {
+        *budget = budget
+            .checked_sub(self.end - self.start)
+            .ok_or_else(|| io::Error::other("too much is mapped"))?;
+        Ok(())
+    }
+
+    /// How many of its pages are wanted, and how many runs of them there are.
+    fn count(&self, pagemap: &File, wanted: impl Fn(u64) -> bool) -> io::Result<Count> {
         let page = page_size() as u64;
         let mut entries = vec![0; CHUNK];
         let (mut at, end) = (self.start / page * 8, self.end / page * 8);
-        let mut pages = 0;
+        let (mut count, mut in_run) = (Count::default(), false);
         while at < end {
-            let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(entries.len());
-            let got = pagemap.read_at(&mut entries[..wanted], at)? / 8 * 8;
+            let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(entries.len());
+            let got = pagemap.read_at(&mut entries[..len], at)? / 8 * 8;
             if got == 0 {
                 break;
             }
             let read = entries[..got].chunks_exact(8).filter_map(|entry| entry.try_into().ok());
-            let read = read.map(u64::from_ne_bytes);
-            pages += read.filter(|entry| self.has_to_go(*entry)).count() as u64;
+            for entry in read.map(u64::from_ne_bytes) {
+                let is_wanted = wanted(entry);
+                count.pages += u64::from(is_wanted);
+                count.runs += u64::from(is_wanted && !in_run);
+                in_run = is_wanted;
+            }
             at += got as u64;
         }
-        Ok(pages)
+        Ok(count)
+    }
+
+    /// Whether an entry of the pagemap tells of a page that a dump brings.
+    fn is_held(&self, entry: u64) -> bool {
+        let there = entry & (PRESENT | SWAPPED) != 0;
+        there && (entry & OF_FILE_OR_SHARED == 0 || self.shared.is_some())
     }
 
     /// Whether an entry of the pagemap tells of a page that the next round brings.
@@ -211,7 +264,23 @@ mod tests {
         ] {
             assert_eq!(private.has_to_go(entry), in_private, "{entry:x}");
             assert_eq!(shared.has_to_go(entry), in_shared, "{entry:x}");
+            assert!(!in_private || private.is_held(entry), "{entry:x}");
         }
+    }
+
+    #[test]
+    fn pages_that_follow_each_other_are_a_run() {
+        let pagemap = tempfile::tempfile().unwrap();
+        let entries = [PRESENT, PRESENT, 0, SWAPPED, PRESENT | OF_FILE_OR_SHARED, PRESENT];
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_ne_bytes()).collect();
+        pagemap.write_all_at(&bytes, 0).unwrap();
+        let end = entries.len() as u64 * page_size() as u64;
+        let private = Mapping { start: 0, end, shared: None };
+        let count = private.count(&pagemap, |entry| private.is_held(entry)).unwrap();
+        assert_eq!(count, Count { pages: 4, runs: 3 });
+        let shared = Mapping { shared: Some(String::new()), ..private };
+        let count = shared.count(&pagemap, |entry| shared.is_held(entry)).unwrap();
+        assert_eq!(count, Count { pages: 5, runs: 2 });
     }
 
     #[test]
@@ -228,6 +297,7 @@ mod tests {
         assert_eq!(tree(own).first(), Some(&own));
         assert!(held(&[own]) > 0);
         assert!(dirty(&[own]).is_ok());
+        assert!(runs(&[own]).unwrap() > 0);
         assert!(name(own).is_ok_and(|name| !name.is_empty()));
     }
 }

@@ -13,8 +13,8 @@ use super::args::Migrate;
 use super::beforehand::{rehearse, tracking};
 use super::commands::Commands;
 use super::hand_over::HandOver;
-use super::plan::{Dirty, Forecast, Hopeless, Plan, Round, Step};
-use super::report::{self, DumpTold, ForecastTold, Outcome, RoundTold, Summary, ms, seconds};
+use super::plan::{self, Dirty, Extent, Forecast, Plan, Round, Step};
+use super::report::{self, DumpTold, ForecastTold, Outcome, RoundTold, Summary, ms};
 use super::{memory, this_program};
 use crate::control::Client;
 use crate::control::model::SnapshotState;
@@ -23,6 +23,9 @@ use crate::ctl::criu::Run;
 use crate::ctl::exit::Failure;
 use crate::ctl::interrupts::Interrupts;
 use crate::ctl::work_dir::WorkDir;
+
+/// So many of the last snapshots are looked at for how fast the link is.
+const LOOKED_AT: usize = 16;
 
 /// A migration under way.
 pub(super) struct Migration<'a> {
@@ -91,13 +94,20 @@ impl<'a> Migration<'a> {
                 }
             },
             _ => {
-                let held = memory::held(&memory::tree(self.args.tree));
-                let forecast = Forecast::of_everything(held);
+                let pids = memory::tree(self.args.tree);
+                let extent = Extent {
+                    bytes: memory::held(&pids),
+                    // Where it cannot be counted, it is not forecast.
+                    runs: memory::runs(&pids).unwrap_or(0),
+                    tasks: pids.len() as u64,
+                };
+                let forecast = Forecast::of_everything(extent, self.known_rate().await);
+                report::tell_no_round(&extent, &forecast);
                 (forecast, plan.without_rounds(&forecast))
             }
         };
         if let Step::GiveUp(hopeless) = step {
-            let why = self.why_hopeless(hopeless, &forecast);
+            let why = report::why(hopeless, &forecast, self.args.max_downtime);
             if !self.args.force {
                 return Ok(self.summary(Outcome::GivenUp { why }, &forecast, None).await);
             }
@@ -123,14 +133,16 @@ impl<'a> Migration<'a> {
         let gathered = self.thawed.map(|thawed| begun + starting - thawed);
         // CRIU does not tell when the process went on: after its start and the freeze.
         let thawed = begun + (starting + stats.stopped()).min(took);
-        let dirty = memory::dirty(&memory::tree(self.args.tree));
+        let pids = memory::tree(self.args.tree);
+        let dirty = memory::dirty(&pids);
         let within = thawed.elapsed();
         let dirty = match dirty {
             Ok(bytes) => Dirty { bytes, within },
             Err(_) => Dirty::guessed(bytes, gathered, within),
         };
         let (stopped, sending) = (stats.stopped(), stats.memory_write);
-        let handing_over = self.handing_over;
+        // What a dump has and a round has not.
+        let handing_over = self.handing_over + plan::of_tasks(pids.len() as u64);
         self.rounds.push(Round { bytes, took, starting, handing_over, stopped, sending, dirty });
         self.thawed = Some(thawed);
         Ok(())
@@ -146,10 +158,24 @@ impl<'a> Migration<'a> {
         Ok(forecast)
     }
 
-    fn why_hopeless(&self, hopeless: Hopeless, forecast: &Forecast) -> String {
-        let (goal, freeze) = (seconds(ms(self.args.max_downtime)), seconds(ms(forecast.freeze)));
-        let why = report::why(hopeless, forecast);
-        format!("a freeze would take about {freeze}, {goal} are allowed: {why}")
+    /// How fast the link to the cache is, by what the proxy has sent over it before.
+    async fn known_rate(&self) -> Option<f64> {
+        let mut client = Client::connect(&self.proxy).await.ok()?;
+        let peer = client.show(&self.id).await.ok()?.0.peer;
+        let mut sent = Vec::new();
+        let before = client.list().await.ok()?;
+        for snapshot in before.iter().rev().filter(|before| before.peer == peer).take(LOOKED_AT) {
+            let phases = client.timeline(&snapshot.id).await.unwrap_or_default();
+            sent.extend(phases.iter().filter(|phase| !phase.failed && phase.ended_ms > 0).map(
+                |phase| {
+                    (
+                        phase.bytes,
+                        Duration::from_millis(phase.ended_ms.saturating_sub(phase.begun_ms)),
+                    )
+                },
+            ));
+        }
+        plan::known_rate(sent)
     }
 
     /// The final dump; CRIU ends it when the cache has the whole snapshot.

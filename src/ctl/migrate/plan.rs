@@ -8,8 +8,18 @@
 
 use std::time::Duration;
 
-/// What the speed of the link is taken for as long as nothing was sent: 1 Gbit/s, in bytes a second.
+/// What the speed of the link is taken for as long as nothing was sent, where it has to be taken for something:
+/// 1 Gbit/s, in bytes a second.
 pub(super) const UNMEASURED_LINK: f64 = 125e6;
+
+/// What a final dump costs beside its bytes, as measured on two cores: a small process that is alone, each further
+/// one with its images, and each run of pages.
+const OF_DUMP: Duration = Duration::from_millis(250);
+const OF_TASK: Duration = Duration::from_millis(4);
+const OF_RUN: Duration = Duration::from_micros(30);
+
+/// Fewer bytes than this disappear in the buffers on the way.
+const TELLING: u64 = 16 << 20;
 
 /// A round that does not bring the forecast under this part of the shortest one so far is stale.
 const SHRINKS: f64 = 0.9;
@@ -63,8 +73,20 @@ pub(super) struct Forecast {
     pub(super) bytes: u64,
     /// How many bytes a second become dirty.
     pub(super) dirty_rate: f64,
-    /// How many bytes a second reach the cache.
-    pub(super) link_rate: f64,
+    /// How many bytes a second reach the cache; `None` if nothing is known of it, and the freeze is what it would
+    /// be if that took no time.
+    pub(super) link_rate: Option<f64>,
+}
+
+/// How much a dump has to bring.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Extent {
+    /// Bytes of pages.
+    pub(super) bytes: u64,
+    /// Runs of pages that follow each other.
+    pub(super) runs: u64,
+    /// Processes.
+    pub(super) tasks: u64,
 }
 
 /// Why the goal cannot be reached.
@@ -78,6 +100,8 @@ pub(super) enum Hopeless {
     RoundsUsedUp,
     /// Nothing but the final dump can be done, and that takes too long.
     NoRounds,
+    /// The same, and it may take too long: that depends on a link of which nothing is known.
+    UnknownLink,
 }
 
 /// What to do next.
@@ -113,7 +137,7 @@ impl Plan {
             Step::Dump
         } else if rounds.len() >= self.max_rounds {
             Step::GiveUp(Hopeless::RoundsUsedUp)
-        } else if rounds.len() > 1 && now.dirty_rate >= now.link_rate {
+        } else if rounds.len() > 1 && now.link_rate.is_some_and(|rate| now.dirty_rate >= rate) {
             // The first round is no judge: what it took is the time to send all there is.
             Step::GiveUp(Hopeless::FasterThanLink)
         } else if is_stale(&freezes) {
@@ -125,10 +149,12 @@ impl Plan {
 
     /// What to do when no round can be made: the final dump, or nothing.
     pub(super) fn without_rounds(&self, forecast: &Forecast) -> Step {
-        if forecast.freeze <= self.max_downtime {
-            Step::Dump
-        } else {
+        if forecast.freeze > self.max_downtime {
             Step::GiveUp(Hopeless::NoRounds)
+        } else if forecast.link_rate.is_none() && forecast.at_1_gbit() > self.max_downtime {
+            Step::GiveUp(Hopeless::UnknownLink)
+        } else {
+            Step::Dump
         }
     }
 }
@@ -144,14 +170,38 @@ impl Forecast {
         let fixed = last.took.saturating_sub(time(last.bytes, link_rate));
         let fixed = fixed.saturating_add(last.handing_over);
         let freeze = fixed.saturating_add(time(bytes, link_rate));
-        Some(Forecast { freeze, bytes, dirty_rate, link_rate })
+        Some(Forecast { freeze, bytes, dirty_rate, link_rate: Some(link_rate) })
     }
 
-    /// When nothing was measured: all memory has to go, at a speed that is assumed.
-    pub(super) fn of_everything(bytes: u64) -> Forecast {
-        let link_rate = UNMEASURED_LINK;
-        Forecast { freeze: time(bytes, link_rate), bytes, dirty_rate: 0.0, link_rate }
+    /// When there was no round: all memory has to go, as fast as others have gone before, if any have.
+    pub(super) fn of_everything(extent: Extent, link_rate: Option<f64>) -> Forecast {
+        let Extent { bytes, runs, tasks } = extent;
+        let sending = link_rate.map_or(Duration::ZERO, |rate| time(bytes, rate));
+        let costs = [OF_DUMP, of_tasks(tasks), each(OF_RUN, runs), sending];
+        let freeze = costs.into_iter().fold(Duration::ZERO, Duration::saturating_add);
+        Forecast { freeze, bytes, dirty_rate: 0.0, link_rate }
     }
+
+    /// How long the bytes alone take on a link of 1 Gbit/s.
+    pub(super) fn at_1_gbit(&self) -> Duration {
+        time(self.bytes, UNMEASURED_LINK)
+    }
+}
+
+/// What the images of processes cost beside the first one, which a round does not have.
+pub(super) fn of_tasks(tasks: u64) -> Duration {
+    each(OF_TASK, tasks.saturating_sub(1))
+}
+
+fn each(cost: Duration, count: u64) -> Duration {
+    cost.saturating_mul(u32::try_from(count).unwrap_or(u32::MAX))
+}
+
+/// The speed of a link by what was sent over it, each so many bytes within some time: the highest, as nothing is
+/// faster than its link. What is small tells nothing.
+pub(super) fn known_rate(sent: impl IntoIterator<Item = (u64, Duration)>) -> Option<f64> {
+    let large = sent.into_iter().filter(|(bytes, _)| *bytes >= TELLING);
+    large.filter_map(|(bytes, within)| rate(bytes, within)).max_by(f64::total_cmp)
 }
 
 /// Whether the last rounds have brought next to nothing.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::plan::{Forecast, Hopeless, Round};
+use super::plan::{Extent, Forecast, Hopeless, Round};
 use crate::ctl::print::{clean, size};
 
 /// How it ended.
@@ -51,7 +51,7 @@ pub(super) struct RoundTold {
     frozen_ms: u64,
     dirty_bytes: u64,
     dirty_bytes_per_second: u64,
-    link_bytes_per_second: u64,
+    link_bytes_per_second: Option<u64>,
     forecast_ms: u64,
 }
 
@@ -60,6 +60,8 @@ pub(super) struct RoundTold {
 pub(super) struct ForecastTold {
     bytes: u64,
     frozen_ms: u64,
+    /// Null if it is not known; then it is frozen for longer.
+    link_bytes_per_second: Option<u64>,
 }
 
 /// The final dump in the summary.
@@ -80,7 +82,7 @@ impl RoundTold {
             frozen_ms: ms(round.stopped),
             dirty_bytes: round.dirty.bytes,
             dirty_bytes_per_second: per_second(forecast.dirty_rate),
-            link_bytes_per_second: per_second(forecast.link_rate),
+            link_bytes_per_second: forecast.link_rate.map(per_second),
             forecast_ms: ms(forecast.freeze),
         }
     }
@@ -88,7 +90,11 @@ impl RoundTold {
 
 impl From<&Forecast> for ForecastTold {
     fn from(forecast: &Forecast) -> ForecastTold {
-        ForecastTold { bytes: forecast.bytes, frozen_ms: ms(forecast.freeze) }
+        ForecastTold {
+            bytes: forecast.bytes,
+            frozen_ms: ms(forecast.freeze),
+            link_bytes_per_second: forecast.link_rate.map(per_second),
+        }
     }
 }
 
@@ -122,7 +128,6 @@ impl Summary {
 
 /// Tells a round on stderr. If that cannot be written, nobody reads it.
 pub(super) fn tell_round(number: usize, round: &Round, forecast: &Forecast) {
-    let rate = |rate| format!("{}/s", size(per_second(rate)));
     let _ = writeln!(
         io::stderr(),
         "round {number}: {} in {}, frozen for {}; dirty since: {}, {}; link: {}; a freeze now: {}",
@@ -131,20 +136,41 @@ pub(super) fn tell_round(number: usize, round: &Round, forecast: &Forecast) {
         seconds(ms(round.stopped)),
         size(round.dirty.bytes),
         rate(forecast.dirty_rate),
-        rate(forecast.link_rate),
+        link(forecast),
         seconds(ms(forecast.freeze)),
     );
 }
 
-/// Why the goal is out of reach, in words.
-pub(super) fn why(hopeless: Hopeless, forecast: &Forecast) -> String {
-    let rate = |rate| format!("{}/s", size(per_second(rate)));
-    match hopeless {
-        Hopeless::FasterThanLink => format!(
-            "the process writes {}, the link carries {}",
-            rate(forecast.dirty_rate),
-            rate(forecast.link_rate)
-        ),
+/// The same where there is none.
+pub(super) fn tell_no_round(extent: &Extent, forecast: &Forecast) {
+    let Extent { bytes, runs, tasks } = extent;
+    let _ = writeln!(
+        io::stderr(),
+        "no rounds: {} in {runs} runs, of {tasks} processes; link: {}; a freeze now: {} {}",
+        size(*bytes),
+        link(forecast),
+        about(forecast),
+        seconds(ms(forecast.freeze)),
+    );
+}
+
+/// What is not known takes time, too.
+fn about(forecast: &Forecast) -> &'static str {
+    if forecast.link_rate.is_some() { "about" } else { "at least" }
+}
+
+/// How long a freeze would take, and why that is too long, in words.
+pub(super) fn why(hopeless: Hopeless, forecast: &Forecast, goal: Duration) -> String {
+    let about = about(forecast);
+    let (freeze, goal) = (seconds(ms(forecast.freeze)), seconds(ms(goal)));
+    let why = match hopeless {
+        Hopeless::FasterThanLink => {
+            format!(
+                "the process writes {}, the link carries {}",
+                rate(forecast.dirty_rate),
+                link(forecast)
+            )
+        }
         Hopeless::NotShrinking => {
             format!(
                 "further rounds do not shorten it; the process writes {}",
@@ -152,10 +178,27 @@ pub(super) fn why(hopeless: Hopeless, forecast: &Forecast) -> String {
             )
         }
         Hopeless::RoundsUsedUp => "all rounds are used up".to_owned(),
-        Hopeless::NoRounds => {
-            format!("no rounds can be made, and it has {} of memory", size(forecast.bytes))
-        }
-    }
+        Hopeless::NoRounds => format!(
+            "no rounds can be made, and it has {} of memory; link: {}",
+            size(forecast.bytes),
+            link(forecast)
+        ),
+        Hopeless::UnknownLink => format!(
+            "no rounds can be made, nothing of size was sent yet by which the speed of the link is known, and at 1 Gbit/s \
+             its {} of memory alone take {}",
+            size(forecast.bytes),
+            seconds(ms(forecast.at_1_gbit()))
+        ),
+    };
+    format!("a freeze would take {about} {freeze}, {goal} are allowed: {why}")
+}
+
+fn rate(rate: f64) -> String {
+    format!("{}/s", size(per_second(rate)))
+}
+
+fn link(forecast: &Forecast) -> String {
+    forecast.link_rate.map_or_else(|| "not known".to_owned(), rate)
 }
 
 /// Milliseconds for a person: `84 ms`, `1.2 s`, `75 s`.
@@ -181,9 +224,29 @@ fn per_second(rate: f64) -> u64 {
 mod tests {
     use super::*;
 
+    #[test]
+    fn what_is_not_known_is_said() {
+        let extent = Extent { bytes: 586 << 20, runs: 150_000, tasks: 1 };
+        let goal = Duration::from_millis(300);
+        let unknown = Forecast::of_everything(extent, None);
+        assert_eq!(
+            why(Hopeless::NoRounds, &unknown, goal),
+            "a freeze would take at least 4.7 s, 300 ms are allowed: no rounds can be made, and it has 586 MiB of \
+             memory; link: not known"
+        );
+        let unknown = why(Hopeless::UnknownLink, &unknown, goal);
+        assert!(
+            unknown.ends_with("at 1 Gbit/s its 586 MiB of memory alone take 4.9 s"),
+            "{unknown}"
+        );
+        let known = Forecast::of_everything(extent, Some(600e6));
+        let known = why(Hopeless::NoRounds, &known, goal);
+        assert!(known.starts_with("a freeze would take about 5.7 s,"), "{known}");
+    }
+
     fn summary(outcome: Outcome) -> Summary {
         let round = Round { bytes: 1 << 30, ..Round::default() };
-        let forecast = Forecast::of_everything(1 << 20);
+        let forecast = Forecast::of_everything(Extent { bytes: 1 << 20, runs: 1, tasks: 1 }, None);
         Summary {
             snapshot: "web".to_owned(),
             tree: 7,

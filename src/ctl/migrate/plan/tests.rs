@@ -66,7 +66,7 @@ fn a_process_that_writes_a_twentieth_a_second_converges() {
         (1..=rounds.len()).map(|n| Forecast::after(&rounds[..n]).unwrap().freeze).collect();
     assert!(forecasts.is_sorted_by(|a, b| a > b), "{forecasts:?}");
     let last = Forecast::after(&rounds).unwrap();
-    assert!((last.link_rate / MIB - 500.0).abs() < 1.0, "{last:?}");
+    assert!((last.link_rate.unwrap() / MIB - 500.0).abs() < 1.0, "{last:?}");
     assert!((last.dirty_rate / MIB - 205.0).abs() < 1.0, "{last:?}");
 }
 
@@ -131,11 +131,44 @@ fn what_cannot_be_counted_is_guessed() {
 }
 
 #[test]
-fn without_rounds_all_memory_counts() {
-    let small = Forecast::of_everything(10 << 20);
-    assert_eq!(PLAN.without_rounds(&small), Step::Dump);
-    let big = Forecast::of_everything(1 << 30);
-    assert_eq!(PLAN.without_rounds(&big), Step::GiveUp(Hopeless::NoRounds));
+fn without_rounds_all_memory_counts_and_its_runs_and_processes() {
+    let step = |extent, rate| PLAN.without_rounds(&Forecast::of_everything(extent, rate));
+    let small = Extent { bytes: 10 << 20, runs: 40, tasks: 1 };
+    for rate in [None, Some(600e6)] {
+        assert_eq!(step(small, rate), Step::Dump);
+        for big in [Extent { runs: 150_000, ..small }, Extent { tasks: 300, ..small }] {
+            assert_eq!(step(big, rate), Step::GiveUp(Hopeless::NoRounds), "{big:?}");
+        }
+    }
+    let big = Extent { bytes: 1 << 30, ..small };
+    assert_eq!(step(big, Some(600e6)), Step::GiveUp(Hopeless::NoRounds));
+    // Nobody knows.
+    assert_eq!(step(big, None), Step::GiveUp(Hopeless::UnknownLink));
+}
+
+/// What was measured: processes that were frozen for so many milliseconds, over a link of some 640 MB/s.
+#[test]
+fn a_forecast_without_rounds_is_of_the_right_size() {
+    for (mib, runs, tasks, frozen) in [
+        (4, 30, 1, 269),
+        (512, 30, 1, 1245),
+        (117, 30_000, 1, 1539),
+        (234, 60_000, 1, 1997),
+        (23, 7_500, 300, 1878),
+    ] {
+        let extent = Extent { bytes: mib << 20, runs, tasks };
+        let freeze = Forecast::of_everything(extent, Some(640e6)).freeze.as_secs_f64() * 1000.0;
+        let ratio = freeze / f64::from(frozen);
+        assert!((0.7..1.5).contains(&ratio), "{extent:?}: {freeze} ms instead of {frozen}");
+    }
+}
+
+#[test]
+fn a_link_is_as_fast_as_the_fastest_that_it_carried() {
+    let second = Duration::from_secs(1);
+    assert_eq!(known_rate([]), None);
+    assert_eq!(known_rate([(1 << 20, second / 1000), (1 << 30, Duration::ZERO)]), None);
+    assert_eq!(known_rate([(100 << 20, second), (300 << 20, 2 * second)]), Some(150.0 * MIB));
 }
 
 #[test]
