@@ -119,9 +119,9 @@ mod tests {
     fn errors_are_told_or_else_the_end() {
         assert!(told("").is_empty());
         assert_eq!(told("usage\n\n"), ["usage"]);
-        let log: String =
+        let log: Vec<_> =
             (0..20).map(|n| format!("({n}) Error (criu/x.c:{n}): no\x1b\nWarn\n")).collect();
-        let told = told(&log);
+        let told = told(&log.concat());
         assert_eq!(told.len(), LINES);
         assert_eq!(
             (told[0].as_str(), told[7].as_str()),
@@ -224,10 +224,10 @@ mod tests {
 
     #[test]
     fn a_cause_is_told_however_much_follows_it() {
-        let mut log =
-            "(1) Error (criu/cr-restore.c:1230): Can't fork for 7: File exists\n".to_owned();
-        (0..50).for_each(|n| log += &format!("({n}) Error (criu/x.c:{n}): fails for it\n"));
-        let told = told(&log);
+        let cause = "(1) Error (criu/cr-restore.c:1230): Can't fork for 7: File exists\n";
+        let mut log = vec![cause.to_owned()];
+        log.extend((0..50).map(|n| format!("({n}) Error (criu/x.c:{n}): fails for it\n")));
+        let told = told(&log.concat());
         assert_eq!(told.len(), LINES + 1);
         assert!(told[0].contains("Can't fork for 7") && told[8].starts_with("(49)"), "{told:?}");
     }

@@ -144,13 +144,15 @@ fn left_behind(skipped: &[String]) -> Option<String> {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    let mut line = format!("left behind, as they are no images: {}{more}", names.join(", "));
-    if skipped.iter().any(|name| name == DESCRIPTORS) {
-        line.push_str(&format!(
+    let means = if skipped.iter().any(|name| name == DESCRIPTORS) {
+        format!(
             "; it is a container's: runc and crun need {DESCRIPTORS} to restore it, so copy that to the \
              other host yourself (see Containers in the operator's guide)"
-        ));
-    }
+        )
+    } else {
+        String::new()
+    };
+    let line = format!("left behind, as they are no images: {}{more}{means}", names.join(", "));
     (!skipped.is_empty()).then_some(line)
 }
 

@@ -196,8 +196,8 @@ for k in range(2, len(sys.argv), 2):
     let mut python = Command::new("python3");
     python.args(["-c", SCRIPT]).arg(socket);
     for (bytes, answered) in requests {
-        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        python.args([hex, answered.to_string()]);
+        let hex: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        python.args([hex.concat(), answered.to_string()]);
     }
     let output = python.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
