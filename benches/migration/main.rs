@@ -8,7 +8,7 @@
 //! whoever comes after a run finds its memory, which the machine may have given back to its host.
 //!
 //! - floor: `criu dump` to tmpfs and `criu restore` from tmpfs, on one host, no network at all;
-//! - hook: `criu dump --stream` with the action script `criu-imagectl hook` on one host, then `criu restore --stream` on the
+//! - hook: `criu dump --stream` with the action script `criu-imagectl` on one host, then `criu restore --stream` on the
 //!   other;
 //! - plain: the same without the script;
 //! - waiting: the same as plain, but the restore is started first and waits at the cache for its snapshot.

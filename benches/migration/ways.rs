@@ -27,7 +27,7 @@ pub(crate) const FLOOR: Way = ("floor", floor);
 pub(crate) const RELAY: [Way; 3] = [("hook", hook), ("plain", plain), ("waiting", waiting)];
 
 /// What makes CRIU wait until the cache has acknowledged everything.
-const HOOK: [&str; 2] = ["--action-script", "criu-imagectl hook"];
+const HOOK: [&str; 2] = ["--action-script", "criu-imagectl"];
 
 /// Where images are, where there are files.
 pub(crate) const IMAGES: &str = "/tmp/images";

@@ -32,7 +32,8 @@ impl Disturbed {
         command: &[&str],
         reader: Option<(Host, &str)>,
     ) -> Result<Duration, String> {
-        let signal = |signal| reader.map(|(host, pid)| bed.ok(host, &["kill", signal, pid]));
+        // One that has read all and ended cannot be stopped any more.
+        let signal = |signal| reader.map(|(host, pid)| bed.run(host, &["kill", signal, pid]));
         let stops = matches!(self.fault, Fault::Stopped | Fault::Moment);
         if self.fault == Fault::Slow {
             let shape = "tc qdisc add dev eth0 root tbf rate 400mbit burst 256k latency 100ms";

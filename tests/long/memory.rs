@@ -25,7 +25,7 @@ const USAGE: &str = "\
 usage: tests/long/memory [OPTION…]     as root
 
   --runs N          of each (default 200)
-  --way WAY         hook: criu dump --stream --action-script 'criu-imagectl hook'
+  --way WAY         hook: criu dump --stream --action-script criu-imagectl
                     plain: criu dump --stream
                     both (default), in turn
                     streamer: criu-image-streamer and netcat; CRIU_IMAGE_STREAMER says where that program is. The reader that
@@ -234,7 +234,7 @@ fn run(
 fn migrate(bed: &Bed, way: Way, pid: &str, disturbed: &Disturbed) -> Result<Moved, String> {
     let mut command = Bed::dump(pid, Host::A.work_dir()).to_vec();
     if way == Way::Hook {
-        command.extend(["--action-script", "criu-imagectl hook"]);
+        command.extend(["--action-script", "criu-imagectl"]);
     }
     let cache = bed.daemon_pid(Host::B);
     let dump = disturbed.dump(bed, &command, Some((Host::B, &cache)))?;
