@@ -594,6 +594,7 @@ fn a_socket_is_opened_in_a_directory() {
     let command = format!("criu dump --stream -D {} -t PID\n", utf8(&dir.canonicalize().unwrap()));
     assert_eq!(opened.out(), command);
     let expected = Open {
+        copy: false,
         id: "web".to_owned(),
         parent: None,
         to: Some("hostb:1".to_owned()),

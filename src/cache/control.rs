@@ -15,7 +15,7 @@ use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
-use crate::store::{Image, Key, NoFiles, Snapshot, State};
+use crate::store::{Claim, Image, Key, NoFiles, Permission, Refused, Snapshot, State};
 use crate::timeline::Phase;
 
 /// What answers the control socket.
@@ -75,16 +75,22 @@ impl Backend for Control {
             (key, Source::Look(key))
         } else {
             let again = request.reading == Reading::TakeAgain;
-            let expected = cache.store.expect(&request.id, again);
-            let key = expected.map_err(|refused| Refusal::Refused(refused.to_string()))?;
-            if request.listening {
-                cache.store.reserve(key);
-            }
-            (key, Source::Named(key))
+            let permission = Permission { again, copy: request.copy };
+            let key = cache.store.expect(&request.id, permission).map_err(not_expected)?;
+            cache.store.reserve(key);
+            (key, Source::Named(key, permission))
         };
         match socket {
             Socket::Connected(socket) => {
-                tokio::task::spawn_local(serve(cache, socket, source));
+                // It need not ask for an image to be the one that gets the snapshot.
+                let claim = match source {
+                    Source::Named(key, permission) => {
+                        let claim = cache.store.claim(key, permission);
+                        Some(claim.map_err(|refused| Refusal::Refused(refused.to_string()))?)
+                    }
+                    Source::Look(_) | Source::Oldest => None,
+                };
+                tokio::task::spawn_local(serve(cache, socket, source, claim));
             }
             Socket::Listening(listener, file) => {
                 self.0.listeners.start(async move {
@@ -166,9 +172,16 @@ fn image_file(image: &Image) -> Result<ImageFile, Refusal> {
     Ok(ImageFile { bytes: image.len(), path: format!("/proc/{pid}/fd/{descriptor}"), name })
 }
 
-async fn serve(cache: Rc<Cache>, socket: UnixStream, source: Source) -> bool {
+fn not_expected(refused: Refused) -> Refusal {
+    match refused {
+        Refused::Gone(_) => Refusal::NoSuchSnapshot,
+        refused => Refusal::Refused(refused.to_string()),
+    }
+}
+
+async fn serve(cache: Rc<Cache>, socket: UnixStream, source: Source, claim: Option<Claim>) -> bool {
     match cache.admit(&socket) {
-        Some(peer) => restore::serve(&cache, socket, peer, source).await,
+        Some(peer) => restore::serve(&cache, socket, peer, source, claim).await,
         None => false,
     }
 }
@@ -187,7 +200,7 @@ async fn listen(cache: Rc<Cache>, listener: UnixListener, key: Key, source: Sour
         let (cache, taken) = (cache.clone(), taken.clone());
         // A task of its own: a restore goes on when the daemon stops to listen.
         tokio::task::spawn_local(async move {
-            if serve(cache, socket, source).await {
+            if serve(cache, socket, source, None).await {
                 taken.notify_one();
             }
         });

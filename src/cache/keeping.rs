@@ -1,5 +1,6 @@
-//! What systemd keeps of this cache's snapshots while it does not run. Whole ones are kept from the moment that they are
-//! whole, before their sender is told so; they are forgotten when a restore has taken them, or they are dropped.
+//! What systemd keeps of this cache's snapshots while it does not run. They are kept from the moment that they are
+//! whole, before their sender is told so, and with another record when a restore has taken them; they are forgotten with the
+//! snapshot.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +19,7 @@ pub(super) struct Keeping {
     room: Cell<usize>,
     /// The number of the next file.
     next: Cell<u64>,
-    /// Each whole snapshot.
+    /// Each snapshot that can be restored.
     snapshots: RefCell<BTreeMap<Key, Snapshot>>,
     /// Files with bytes of images, by their descriptors: those stay open as long as they are here.
     files: RefCell<BTreeMap<RawFd, KeptFile>>,
@@ -36,6 +37,8 @@ struct Kept {
     /// The images as the record has them. What they show is not given back to the kernel while the record says where
     /// it is.
     images: Rc<Images>,
+    /// Whether the record says that it was taken.
+    taken: bool,
     /// The record's name.
     record: String,
     /// The files that it needs.
@@ -53,10 +56,10 @@ struct KeptFile {
 }
 
 impl Snapshot {
-    /// Whether it was seen with these very images.
-    fn has(&self, images: &Rc<Images>) -> bool {
+    /// Whether it was seen with these very images, and its record says whether it was taken.
+    fn has(&self, images: &Rc<Images>, taken: bool) -> bool {
         match self {
-            Snapshot::Kept(kept) => Rc::ptr_eq(&kept.images, images),
+            Snapshot::Kept(kept) => kept.taken == taken && Rc::ptr_eq(&kept.images, images),
             Snapshot::NotKept(seen) => Weak::ptr_eq(seen, &Rc::downgrade(images)),
         }
     }
@@ -92,12 +95,14 @@ impl Keeping {
                     tracing::info!(
                         message_id = journal::SNAPSHOT_HELD_AGAIN,
                         criu_snapshot = id,
-                        "snapshot {id} is held again: systemd kept it while the cache did not run"
+                        "snapshot {id} is held again{}: systemd kept it while the cache did not run",
+                        if again.taken { ", as one that was taken" } else { "" }
                     );
                     let needed: BTreeSet<_> = again.files.into_iter().collect();
                     let found = needed.iter().filter_map(|name| Some((name, files.get(name)?)));
                     let files = found.map(|(name, file)| self.need(name, file)).collect();
-                    let kept = Kept { images: again.images, record, files, _charge: again.charge };
+                    let (images, taken) = (again.images, again.taken);
+                    let kept = Kept { images, taken, record, files, _charge: again.charge };
                     self.snapshots.borrow_mut().insert(again.key, Snapshot::Kept(kept));
                 }
                 Err(lost) => {
@@ -124,22 +129,23 @@ impl Keeping {
         self.room.get() > 0
     }
 
-    /// Keeps what is whole and was not, or has its images elsewhere now, and forgets what is not whole any more.
+    /// Keeps what can be restored and was not kept, has its images elsewhere now, or was taken; and forgets what is gone.
     pub(super) fn follow(&self, store: &Store) {
         if !self.is_on() {
             return;
         }
-        let whole: BTreeMap<Key, Rc<Images>> = store.whole().into_iter().collect();
-        let gone = |key: &Key| !whole.contains_key(key);
+        let restorable = store.restorable();
+        let here: BTreeSet<Key> = restorable.iter().map(|(key, ..)| *key).collect();
+        let gone = |key: &Key| !here.contains(key);
         let gone: Vec<Key> = self.snapshots.borrow().keys().copied().filter(gone).collect();
         for key in gone {
             self.forget(key);
         }
-        for (key, images) in whole {
-            if self.snapshots.borrow().get(&key).is_some_and(|known| known.has(&images)) {
+        for (key, images, taken) in restorable {
+            if self.snapshots.borrow().get(&key).is_some_and(|known| known.has(&images, taken)) {
                 continue;
             }
-            let kept = self.keep(store, key, &images);
+            let kept = self.keep(store, key, &images, taken);
             if let Err(why) = &kept {
                 let id = store.id(key).unwrap_or_default();
                 tracing::warn!(
@@ -162,7 +168,13 @@ impl Keeping {
         matches!(self.snapshots.borrow().get(&key), Some(Snapshot::Kept(_)))
     }
 
-    fn keep(&self, store: &Store, key: Key, images: &Rc<Images>) -> Result<Kept, String> {
+    fn keep(
+        &self,
+        store: &Store,
+        key: Key,
+        images: &Rc<Images>,
+        taken: bool,
+    ) -> Result<Kept, String> {
         let mut files = BTreeSet::new();
         let mut new: BTreeMap<RawFd, KeptFile> = BTreeMap::new();
         let kept = store.keep(key, |file| {
@@ -177,7 +189,7 @@ impl Keeping {
             });
             named.name.clone()
         });
-        let kept = kept.ok_or("it is not whole")?.map_err(|error| error.to_string())?;
+        let kept = kept.ok_or("it cannot be restored")?.map_err(|error| error.to_string())?;
         let snapshots = self.snapshots.borrow();
         let records = snapshots.values().filter(|known| matches!(known, Snapshot::Kept(_))).count();
         let (has, room) = (self.files.borrow().len() + records, self.room.get());
@@ -204,7 +216,7 @@ impl Keeping {
                 file.needed += 1;
             }
         }
-        Ok(Kept { images: images.clone(), record, files, _charge: kept.charge })
+        Ok(Kept { images: images.clone(), taken, record, files, _charge: kept.charge })
     }
 
     fn forget(&self, key: Key) {

@@ -112,7 +112,7 @@ impl Cache {
     /// Serves one restore of the shared socket: it takes the oldest snapshot not yet taken.
     async fn serve(self: Rc<Self>, socket: UnixStream) {
         if let Some(peer) = self.admit(&socket) {
-            restore::serve(&self, socket, peer, Source::Oldest).await;
+            restore::serve(&self, socket, peer, Source::Oldest, None).await;
         }
     }
 

@@ -63,9 +63,9 @@ prop_compose! {
 prop_compose! {
     fn store()(
         max_bytes in 64 << 10..=4u64 << 60, keep in keep(), keep_damaged in span(),
-        quota_wait in span(), max_images in count(), max_snapshots in count(),
+        quota_wait in span(), restore_wait in span(), max_images in count(), max_snapshots in count(),
     ) -> StoreSettings {
-        StoreSettings { max_bytes, keep, keep_damaged, quota_wait, max_images, max_snapshots }
+        StoreSettings { max_bytes, keep, keep_damaged, quota_wait, restore_wait, max_images, max_snapshots }
     }
 }
 

@@ -218,6 +218,9 @@ pub struct StoreSettings {
     /// How long a sender is stopped at the limit before its snapshot is given up as damaged.
     #[serde(with = "As::<Span>")]
     pub quota_wait: Duration,
+    /// How long a restore waits for a snapshot of which nothing comes, before it is ended.
+    #[serde(with = "As::<Span>")]
+    pub restore_wait: Duration,
     /// How many images a snapshot may have.
     #[serde(with = "As::<Count>")]
     pub max_images: u64,
@@ -233,6 +236,7 @@ impl Default for StoreSettings {
             keep: Keep::For(Duration::from_secs(600)),
             keep_damaged: Duration::from_secs(3600),
             quota_wait: Duration::from_secs(30),
+            restore_wait: Duration::from_secs(3600),
             max_images: 100_000,
             max_snapshots: 1024,
         }

@@ -48,6 +48,8 @@ pub(super) struct OpenIn {
     pub(super) again: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) parent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) copy: Option<bool>,
 }
 
 /// The parameters of `OpenPages`.

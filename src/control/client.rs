@@ -35,6 +35,8 @@ pub enum ClientError {
         path: PathBuf,
         /// What happened.
         why: String,
+        /// Whether the daemon had answered before: it lets us in.
+        answered: bool,
     },
     /// The daemon knows no such snapshot.
     #[error("no snapshot is called {0:?}")]
@@ -49,6 +51,7 @@ pub enum ClientError {
 pub struct Client {
     path: PathBuf,
     connection: Connection<zlink::unix::Stream>,
+    answered: bool,
 }
 
 /// A call on its way out.
@@ -74,7 +77,7 @@ impl Client {
         let stream = UnixStream::connect(&path).await.map_err(unreachable)?;
         let stream = zlink::unix::Stream::try_from(stream)
             .map_err(|error| unreachable(io::Error::other(error)))?;
-        Ok(Client { path, connection: Connection::new(stream) })
+        Ok(Client { path, connection: Connection::new(stream), answered: false })
     }
 
     /// The socket it is connected to.
@@ -126,7 +129,24 @@ impl Client {
         let (id, to) = (id.to_owned(), to.map(str::to_owned));
         let take = Some(reading != Reading::Look);
         let again = (reading == Reading::TakeAgain).then_some(true);
-        self.call_open(OpenIn { id, to, take, again, parent: None }, socket).await
+        self.call_open(OpenIn { id, to, take, again, parent: None, copy: None }, socket).await
+    }
+
+    /// Hands over a connected socket for a restore, on which it says what becomes of it ([`HELD_BY_RESTORE`]). The snapshot
+    /// is its own from then on; `copy` is as in [`Open`](super::Open).
+    ///
+    /// [`HELD_BY_RESTORE`]: crate::criu::stream::HELD_BY_RESTORE
+    pub async fn hold(
+        &mut self,
+        id: &str,
+        again: bool,
+        copy: bool,
+        socket: OwnedFd,
+    ) -> Result<(), ClientError> {
+        let (again, copy) = (again.then_some(true), copy.then_some(true));
+        let call =
+            OpenIn { id: id.to_owned(), to: None, take: Some(true), again, parent: None, copy };
+        self.call_open(call, socket).await
     }
 
     /// Hands over a socket on which images of the snapshot `id` come that have pages in the snapshot `parent`.
@@ -139,7 +159,7 @@ impl Client {
     ) -> Result<(), ClientError> {
         let (id, to) = (id.to_owned(), to.map(str::to_owned));
         let parent = Some(parent.to_owned());
-        self.call_open(OpenIn { id, to, take: None, again: None, parent }, socket).await
+        self.call_open(OpenIn { id, to, take: None, again: None, parent, copy: None }, socket).await
     }
 
     async fn call_open(&mut self, call: OpenIn, socket: OwnedFd) -> Result<(), ClientError> {
@@ -203,6 +223,7 @@ impl Client {
         R: DeserializeOwned + std::fmt::Debug,
     {
         let received = self.connection.receive_reply::<R, AnyError>().await;
+        self.answered |= received.is_ok();
         let reply: Reply<R> = match received {
             Ok((Ok(reply), _)) => reply,
             Ok((Err(error), _)) => return Err(from_reply(error)),
@@ -223,7 +244,7 @@ impl Client {
             zlink::Error::UnexpectedEof => "the daemon closed the connection".to_owned(),
             error => error.to_string(),
         };
-        ClientError::Broken { path: self.path.clone(), why }
+        ClientError::Broken { path: self.path.clone(), why, answered: self.answered }
     }
 }
 

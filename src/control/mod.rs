@@ -95,6 +95,9 @@ pub struct Open {
     pub parent: Option<String>,
     /// What reading the snapshot means.
     pub reading: Reading,
+    /// Whether it may be read while another restore has it, or after another has taken it: both processes are to run
+    /// (cache only).
+    pub copy: bool,
     /// Whether the socket listens, for any number of CRIU runs, or is one connection.
     pub listening: bool,
 }

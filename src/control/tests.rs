@@ -179,6 +179,7 @@ fn a_socket_is_handed_over() {
             parent: None,
             to: to.map(str::to_owned),
             reading,
+            copy: false,
             listening,
         };
         let expected =

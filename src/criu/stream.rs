@@ -12,6 +12,12 @@ pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";
 /// The socket in the work-dir that a restore connects to.
 pub const SERVE_SOCKET: &str = "streamer-serve.sock";
 
+/// Asked for first on a connection by a restore that says what becomes of it, and lets somebody else read the images.
+/// No image is called so: the answer is that there is none, and the snapshot is bound to that restore.
+pub const HELD_BY_RESTORE: &str = "criu-imagectl-restore";
+/// Asked for last by such a restore, if it has failed. One that has succeeded reads an image instead.
+pub const RESTORE_FAILED: &str = "criu-imagectl-restore-failed";
+
 /// The length before each message, in bytes.
 pub const HEADER_LEN: usize = 4;
 /// No request is longer than this, in bytes.

@@ -147,6 +147,11 @@ fn complaints(dir: &Path) -> Vec<String> {
     told(&[OUTPUT, LOG].map(|name| tail(&dir.join(name)).unwrap_or_default()).concat())
 }
 
+/// The end of CRIU's log in its directory.
+pub(super) fn log_tail(dir: &Path) -> String {
+    tail(&dir.join(LOG)).unwrap_or_default()
+}
+
 fn tail(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let len = fs::metadata(path)?.len();

@@ -45,6 +45,8 @@ Exit status:
   7  --max-downtime is out of reach: the process was not frozen and runs on
   8  interrupted by a signal";
 
+/// What to do when a daemon ends in the middle.
+const ENDED: &str = "the daemon has ended, or was restarted: its journal says why. Try again";
 /// What to do when a daemon closes without a word.
 const BROKEN: &str =
     "the daemon's journal says why; a uid that is not among its allow-uids is turned away";
@@ -62,11 +64,13 @@ pub(super) struct Failure {
     pub(super) exit: Exit,
     what: String,
     cure: Option<String>,
+    /// The daemon is not there, or has gone in the middle.
+    daemon_gone: bool,
 }
 
 impl Failure {
     pub(super) fn new(exit: Exit, what: impl Into<String>) -> Failure {
-        Failure { exit, what: what.into(), cure: None }
+        Failure { exit, what: what.into(), cure: None, daemon_gone: false }
     }
 
     pub(super) fn failed(what: impl Into<String>) -> Failure {
@@ -92,6 +96,11 @@ impl Failure {
     /// Whether it says what to do.
     pub(super) fn has_cure(&self) -> bool {
         self.cure.is_some()
+    }
+
+    /// Whether the daemon is not there, or has gone in the middle: it may come back.
+    pub(super) fn is_daemon_gone(&self) -> bool {
+        self.daemon_gone
     }
 
     /// Writes it to stderr. If that cannot be written, nobody reads it.
@@ -122,9 +131,13 @@ impl From<ClientError> for Failure {
             ClientError::Unreachable { path, source } => {
                 let cure = unreachable(&path, &source);
                 let what = format!("the daemon cannot be reached: {what}");
-                Failure::new(Exit::Unreachable, what).cure(cure)
+                let denied = source.kind() == io::ErrorKind::PermissionDenied;
+                Failure { daemon_gone: !denied, ..Failure::new(Exit::Unreachable, what).cure(cure) }
             }
-            ClientError::Broken { .. } => Failure::failed(what).cure(BROKEN),
+            ClientError::Broken { answered, .. } => {
+                let cure = if answered { ENDED } else { BROKEN };
+                Failure { daemon_gone: true, ..Failure::failed(what).cure(cure) }
+            }
             ClientError::NoSuchSnapshot(_) => {
                 Failure::new(Exit::NoSuchSnapshot, what).cure("criu-imagectl list")
             }

@@ -1,4 +1,4 @@
-//! The other side of CRIU's stream protocol: `push` is a dump to the proxy, `extract` and `restore --view`
+//! The other side of CRIU's stream protocol: `push` is a dump to the proxy, `extract` and `restore`
 //! are restores to the cache.
 //!
 //! This is a command with one thing to do, so it blocks, as CRIU does.
@@ -8,14 +8,12 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
 use indicatif::ProgressBar;
 
 use crate::criu::stream::{HEADER_LEN, decode_reply, encode_request, request_len};
 use crate::sys::pump;
 use crate::sys::scm::send_descriptor;
-use crate::sys::unix;
 
 /// A session of the stream protocol.
 #[derive(Debug)]
@@ -26,11 +24,6 @@ impl Session {
     pub(super) fn new() -> io::Result<(Session, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
         Ok((Session(ours), theirs.into()))
-    }
-
-    /// Begins a session with the daemon that listens at `path`.
-    pub(super) fn connect(path: &Path) -> io::Result<Session> {
-        unix::connect(path).map(Session)
     }
 
     /// Sends an image, as a dump does, and gives how many bytes it had.
@@ -74,6 +67,11 @@ impl Session {
 
     /// Ends the session, and waits until the daemon has heard it.
     pub(super) fn end(mut self) -> io::Result<()> {
+        self.finish()
+    }
+
+    /// Says that nothing more comes, and waits until the daemon has heard it.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
         self.0.shutdown(Shutdown::Write)?;
         match self.0.read(&mut [0])? {
             0 => Ok(()),

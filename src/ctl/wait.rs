@@ -30,7 +30,7 @@ pub(super) async fn until(daemon: &Daemon, wait: &Wait) -> Result<Snapshot, Fail
 }
 
 /// Follows a snapshot to the state that is waited for, and leaves in `last` how far it came.
-async fn follow(
+pub(super) async fn follow(
     daemon: &Daemon,
     wait: &Wait,
     last: &mut Option<Snapshot>,
@@ -78,7 +78,8 @@ fn gone(id: &str, last: Option<&Snapshot>) -> Failure {
         .cure("it was dropped, or its time to be kept is over")
 }
 
-fn timed_out(wait: &Wait, last: Option<&Snapshot>) -> Failure {
+/// It takes longer than it may.
+pub(super) fn timed_out(wait: &Wait, last: Option<&Snapshot>) -> Failure {
     let state = match last {
         None => "it has not come".to_owned(),
         Some(last) => line(last),

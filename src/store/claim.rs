@@ -19,6 +19,26 @@ pub enum Unavailable {
     /// It was dropped while the restore waited.
     #[error("the snapshot was dropped")]
     Dropped,
+    /// Another restore is bound to it.
+    #[error(
+        "another restore has snapshot {0}, or waits for it, and one process is made of a snapshot unless it is \
+         asked for as a copy (criu-imagectl restore --copy)"
+    )]
+    Claimed(String),
+    /// A restore has taken it.
+    #[error(
+        "a restore has taken snapshot {0}; if that one has failed: criu-imagectl restore --again {0}"
+    )]
+    Taken(String),
+}
+
+/// What a restore may have although another restore has it, or had it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Permission {
+    /// A snapshot that was taken: that restore failed, and its process does not run.
+    pub again: bool,
+    /// A snapshot that another restore has or has taken: both processes are to run.
+    pub copy: bool,
 }
 
 /// A restore's hold on a snapshot: no other restore is given it unasked.
@@ -28,12 +48,27 @@ pub struct Claim {
     pub(super) key: Key,
     /// Whether it keeps others away.
     pub(super) binding: bool,
+    pub(super) permission: Permission,
 }
 
 impl Claim {
     /// The snapshot's id, while it is listed.
     pub fn id(&self) -> Option<String> {
         self.store.snapshots.borrow().get(&self.key).map(|snapshot| snapshot.id.clone())
+    }
+
+    /// Waits until the snapshot's images come, or it is at its end.
+    pub async fn begun(&self) {
+        let mut changed = self.store.watch();
+        let is_awaited = || {
+            let awaited =
+                |snapshot: &Snapshot| matches!(snapshot.state, State::Awaited | State::Paged);
+            self.store.look(self.key, awaited) == Some(true)
+        };
+        while is_awaited() {
+            // The store outlives its claims, so the sender is there.
+            let _ = changed.changed().await;
+        }
     }
 
     /// Waits until the snapshot is whole, and gives its images; or tells at once why it never will
@@ -57,9 +92,18 @@ impl Claim {
         }
     }
 
-    /// The restore has read the snapshot.
+    /// The restore has succeeded, as far as anybody can tell.
     pub fn taken(&self) {
         self.store.take(self.key);
+    }
+
+    /// The restore has failed: the snapshot is whole. One that was taken before is so again, if this restore was made
+    /// because that one had failed.
+    pub fn failed(&self) {
+        let Permission { again, copy } = self.permission;
+        if again && !copy {
+            self.store.update(self.key, Snapshot::give_back);
+        }
     }
 }
 

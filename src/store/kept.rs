@@ -1,4 +1,4 @@
-//! Whole snapshots as files that somebody keeps while there is no cache: systemd, in its file descriptor store.
+//! Whole and taken snapshots as files that somebody keeps while there is no cache: systemd, in its file descriptor store.
 //!
 //! A *record* is a memfd that says what a snapshot is, and has the bytes of its small images, of which a
 //! dump has thousands. The bytes of all others stay in the files in which they are, which the record names;
@@ -15,6 +15,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -26,11 +27,15 @@ use super::snapshot::{Images, Sender, Snapshot, State};
 use super::{Key, Store};
 use crate::criu::names::{check_id, check_image, check_list};
 use crate::criu::pages::is_pages_image;
+use crate::sys::clock::now_ms;
 use crate::sys::memfd;
 
-/// What a record begins with. The last is the version of the format: a cache that knows another one does
+/// What a record begins with. The last is the version of the format: a cache that does not know it does
 /// not hold what is kept.
 const MAGIC: [u8; 8] = *b"criukp\0\x01";
+/// What the record of a snapshot that was taken begins with. A cache of before knows whole ones only, and would let them
+/// be restored once more in silence.
+const MAGIC_OF_TAKEN: [u8; 8] = *b"criukp\0\x02";
 /// Length of what a record begins with, in bytes: the magic, and the text's place.
 const HEAD: usize = 16;
 /// Images below this length, in bytes, are in the record itself. Most of a dump's images are, and few of its
@@ -62,6 +67,9 @@ struct Text {
     lists: Vec<String>,
     /// Smaller than that of snapshots which began later.
     age: u64,
+    /// When it was taken: milliseconds since the epoch; `None` if it was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    taken_ms: Option<u64>,
     images: Vec<KeptImage>,
 }
 
@@ -85,18 +93,19 @@ enum Place {
 }
 
 impl Store {
-    /// The snapshots that are whole and not taken, oldest first, with their images.
-    pub fn whole(&self) -> Vec<(Key, Rc<Images>)> {
+    /// The snapshots that can be restored, oldest first, with their images, and whether they were taken.
+    pub fn restorable(&self) -> Vec<(Key, Rc<Images>, bool)> {
         let snapshots = self.snapshots.borrow();
-        let images = |snapshot: &Snapshot| match &snapshot.state {
-            State::Whole(images) => Some(images.clone()),
+        let restorable = |(key, snapshot): (&Key, &Snapshot)| match &snapshot.state {
+            State::Whole(images) => Some((*key, images.clone(), false)),
+            State::Taken(images) => Some((*key, images.clone(), true)),
             _ => None,
         };
-        snapshots.iter().filter_map(|(key, known)| Some((*key, images(known)?))).collect()
+        snapshots.iter().filter_map(restorable).collect()
     }
 
     /// Writes the record of a snapshot; `name` is asked for the name of each file that is to be kept with it.
-    /// `None` if it is not whole.
+    /// `None` if it cannot be restored.
     pub fn keep(
         &self,
         key: Key,
@@ -104,7 +113,7 @@ impl Store {
     ) -> Option<io::Result<Kept>> {
         let snapshots = self.snapshots.borrow();
         let snapshot = snapshots.get(&key)?;
-        let State::Whole(images) = &snapshot.state else { return None };
+        let (State::Whole(images) | State::Taken(images)) = &snapshot.state else { return None };
         let lists = self.lists.borrow().names_of(&snapshot.id, snapshot.sender.host);
         Some(write(snapshot, images, key, lists, name).map(|record| {
             let charge = self.quota.charge_held(len_of(&record));
@@ -112,14 +121,17 @@ impl Store {
         }))
     }
 
-    /// Holds the snapshots of some records again, as whole ones, even beyond the limits. For each its id and the
+    /// Holds the snapshots of some records again, even beyond the limits. For each its id and the
     /// files that it needs, or why it cannot be held.
     pub fn hold_again(&self, records: &[File], files: &Files) -> Vec<Result<Again, Lost>> {
         let mut layers =
             Layers { files, quota: &self.quota, known: BTreeMap::new(), held: Vec::new() };
         let mut told: Vec<_> = records.iter().map(read).collect();
         // As they came.
-        let age = |told: &Result<Text, Lost>| told.as_ref().map_or(0, |text| text.age);
+        // One that was just taken may have the record of before as well.
+        let age = |told: &Result<Text, Lost>| {
+            told.as_ref().map_or((0, false), |text| (text.age, text.taken_ms.is_none()))
+        };
         let mut order: Vec<usize> = (0..records.len()).collect();
         order.sort_by_key(|index| age(&told[*index]));
         let mut listed = Vec::new();
@@ -135,7 +147,8 @@ impl Store {
                 let files = text.images.iter().flat_map(|image| image.bytes.files());
                 let charge = self.quota.charge_held(len_of(&records[index]));
                 let files = files.map(ToOwned::to_owned).collect();
-                Ok(Again { key, id: text.id, images, files, charge })
+                let taken = text.taken_ms.is_some();
+                Ok(Again { key, id: text.id, images, taken, files, charge })
             }));
         }
         // A parent was whole before what is based on it.
@@ -155,7 +168,16 @@ impl Store {
             return Err("there is another of that id".to_owned());
         }
         let sender = Sender { name: text.sender.clone(), host: text.host };
-        let mut snapshot = Snapshot::new(&text.id, &sender, State::Whole(images));
+        let state = match text.taken_ms {
+            None => State::Whole(images),
+            Some(_) => State::Taken(images),
+        };
+        let mut snapshot = Snapshot::new(&text.id, &sender, state);
+        if let Some(taken_ms) = text.taken_ms {
+            let age = Duration::from_millis(now_ms().saturating_sub(taken_ms));
+            // Older than the machine it cannot be, unless its clock was changed.
+            snapshot.since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+        }
         snapshot.begun_ms = text.begun_ms;
         snapshot.ended_ms = text.ended_ms;
         snapshot.reserved = text.reserved;
@@ -172,6 +194,8 @@ pub struct Again {
     pub id: String,
     /// Its images.
     pub images: Rc<Images>,
+    /// Whether a restore had taken it.
+    pub taken: bool,
     /// The files that it needs; some may be there several times.
     pub files: Vec<String>,
     /// For the record's bytes.
@@ -220,6 +244,9 @@ fn write(
         };
         kept.push(KeptImage { name: image.name().to_owned(), len: image.len(), bytes });
     }
+    let age_ms = u64::try_from(snapshot.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let taken_ms =
+        matches!(snapshot.state, State::Taken(_)).then(|| now_ms().saturating_sub(age_ms));
     let text = Text {
         id: snapshot.id.clone(),
         sender: snapshot.sender.name.clone(),
@@ -229,11 +256,13 @@ fn write(
         reserved: snapshot.reserved,
         lists,
         age: key.0,
+        taken_ms,
         images: kept,
     };
     let text = serde_json::to_vec(&text)?;
     record.write_all_at(&text, end)?;
-    record.write_all_at(&[MAGIC, end.to_le_bytes()].concat(), 0)?;
+    let magic = if taken_ms.is_some() { MAGIC_OF_TAKEN } else { MAGIC };
+    record.write_all_at(&[magic, end.to_le_bytes()].concat(), 0)?;
     Ok(record)
 }
 
@@ -276,7 +305,7 @@ fn read_text(record: &File) -> io::Result<Text> {
     let mut head = [0; HEAD];
     record.read_exact_at(&mut head, 0)?;
     let (magic, begin) = head.split_at(MAGIC.len());
-    if magic != MAGIC {
+    if magic != MAGIC && magic != MAGIC_OF_TAKEN {
         return Err(io::Error::other("another version of this program wrote it"));
     }
     let begin = u64::from_le_bytes(begin.try_into().map_err(io::Error::other)?);

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!              begin            complete              take            keep is over, drop
-//!  awaited ──────────▶ receiving ───────▶ whole ───────────▶ taken ───────────▶ (dropped)
+//!  awaited ──────────▶ receiving ───────▶ whole ◀──────────▶ taken ───────────▶ (dropped)
 //!     │                ▲   │ fail, a check that fails
 //!     │                │   └───────────▶ damaged ───▶ (dropped, after keep-damaged)
 //!     └──────────────▶ paged ◀─┐ a round of pages
@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-pub use claim::{Claim, Unavailable};
+pub use claim::{Claim, Permission, Unavailable};
 pub use files::NoFiles;
 pub use image::{Image, Part};
 pub use kept::{Again, Files, Kept, Lost};
@@ -104,6 +104,9 @@ pub enum Refused {
         "a restore has taken snapshot {0}: drop it to await another of that id, or say that it is wanted again"
     )]
     Taken(String),
+    /// What is wanted again is not there any more.
+    #[error("snapshot {0} is not held any more: it cannot be restored again")]
+    Gone(String),
     /// The lists of ids are full.
     #[error("the lists of ids hold {0} already, the store's limit (store.max-snapshots)")]
     ListsTooLong(u64),
@@ -183,14 +186,20 @@ impl Store {
 
     /// A restore will ask for a snapshot of that id by name: lists it as awaited if it is not there.
     ///
-    /// One that was taken is refused unless it is wanted `again`: its process may run, and the one
-    /// that is awaited may be another.
-    pub fn expect(&self, id: &str, again: bool) -> Result<Key, Refused> {
+    /// One that was taken is refused unless that is permitted: its process may run, and the one
+    /// that is awaited may be another. One that is wanted again has to be there.
+    pub fn expect(&self, id: &str, permission: Permission) -> Result<Key, Refused> {
+        let Permission { again, copy } = permission;
+        let here = self.find(id, |known| !matches!(known.state, State::Awaited)) == Some(true);
+        if again && !here {
+            return Err(Refused::Gone(id.to_owned()));
+        }
         let key = match self.key_of(id) {
             Some(key) => key,
             None => self.list(Snapshot::new(id, &Sender::default(), State::Awaited))?,
         };
-        if !again && self.look(key, |known| matches!(known.state, State::Taken(_))) == Some(true) {
+        let taken = self.look(key, |known| matches!(known.state, State::Taken(_))) == Some(true);
+        if taken && !again && !copy {
             return Err(Refused::Taken(id.to_owned()));
         }
         Ok(key)
@@ -420,18 +429,39 @@ impl Store {
                     && matches!(snapshot.state, State::Receiving(_) | State::Whole(_))
             })
             .map(|(key, _)| *key)?;
-        Some(self.claim(key))
+        Some(self.bind(key, Permission::default()))
     }
 
-    /// Binds a restore to a snapshot.
-    pub fn claim(self: &Rc<Store>, key: Key) -> Claim {
+    /// Binds a restore to a snapshot, which need not have come yet. It gets none that another restore has or has
+    /// taken, unless it is permitted to.
+    pub fn claim(self: &Rc<Store>, key: Key, permission: Permission) -> Result<Claim, Unavailable> {
+        let refused = self.look(key, |snapshot| {
+            let id = || snapshot.id.clone();
+            let taken = matches!(snapshot.state, State::Taken(_));
+            if snapshot.restores > 0 && !permission.copy {
+                Some(Unavailable::Claimed(id()))
+            } else if taken && permission == Permission::default() {
+                Some(Unavailable::Taken(id()))
+            } else {
+                None
+            }
+        });
+        match refused {
+            None => Err(Unavailable::Dropped),
+            Some(Some(refused)) => Err(refused),
+            Some(None) => Ok(self.bind(key, permission)),
+        }
+    }
+
+    fn bind(self: &Rc<Store>, key: Key, permission: Permission) -> Claim {
         self.update(key, Snapshot::bind);
-        Claim { store: self.clone(), key, binding: true }
+        Claim { store: self.clone(), key, binding: true, permission }
     }
 
     /// Gives somebody a look at a snapshot; restores get it all the same.
     pub fn peek(self: &Rc<Store>, key: Key) -> Claim {
-        Claim { store: self.clone(), key, binding: false }
+        let permission = Permission::default();
+        Claim { store: self.clone(), key, binding: false, permission }
     }
 
     /// A restore of a snapshot has ended: it and its parents, those before it in its chain, are taken. Returns their ids; `None` when

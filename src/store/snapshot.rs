@@ -36,7 +36,7 @@ pub enum State {
     Receiving(Rc<Images>),
     /// All have come, and passed the checks.
     Whole(Rc<Images>),
-    /// A restore has read it.
+    /// A restore of it has succeeded, or has read all of it and said nothing.
     Taken(Rc<Images>),
     /// It can never be restored; its bytes have been given back.
     Damaged {
@@ -169,6 +169,14 @@ impl Snapshot {
         self.timeline.end(PhaseName::Restore, self.counts().bytes, false);
         self.state = State::Taken(images);
         self.since = Instant::now();
+    }
+
+    /// Becomes whole again if it was taken.
+    pub(super) fn give_back(&mut self) {
+        if let State::Taken(images) = &self.state {
+            self.state = State::Whole(images.clone());
+            self.since = Instant::now();
+        }
     }
 
     /// A restore is bound to it.

@@ -5,6 +5,9 @@ use std::io::Write;
 /// An image with one empty record, as CRIU begins them all.
 const RECORDS: &[u8] = b"\x19\x43\x56\x54\x16\x31\x31\x58\x00\x00\x00\x00";
 
+const AGAIN: Permission = Permission { again: true, copy: false };
+const COPY: Permission = Permission { again: false, copy: true };
+
 fn store(max_bytes: u64) -> Rc<Store> {
     let quota_wait = Duration::from_millis(50);
     Store::new(StoreSettings { max_bytes, quota_wait, ..StoreSettings::default() })
@@ -150,12 +153,13 @@ async fn an_id_in_use_is_refused_and_a_spent_one_is_used_again() {
 #[tokio::test]
 async fn an_awaited_snapshot_becomes_the_one_that_comes() {
     let store = store(1 << 20);
-    let key = store.expect("web", false).unwrap();
+    let key = store.expect("web", Permission::default()).unwrap();
     assert_eq!(state(&store, "web"), "awaited");
     store.reserve(key);
     assert_eq!(whole(&store, "web").await, key);
     assert!(store.claim_oldest().is_none(), "what is asked for by name is not another's");
-    assert_eq!(store.claim(key).images().await.unwrap().len(), 1);
+    let claim = store.claim(key, Permission::default()).unwrap();
+    assert_eq!(claim.images().await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -232,9 +236,58 @@ async fn what_was_taken_is_not_given_to_one_who_awaits_another() {
     let store = store(1 << 20);
     whole(&store, "web").await;
     store.claim_oldest().unwrap().taken();
-    assert_eq!(store.expect("web", false), Err(Refused::Taken("web".into())));
-    let key = store.expect("web", true).unwrap();
-    assert_eq!(store.claim(key).images().await.unwrap().len(), 1);
+    let refused = store.expect("web", Permission::default());
+    assert_eq!(refused, Err(Refused::Taken("web".into())));
+    let key = store.expect("web", AGAIN).unwrap();
+    let refused = store.claim(key, Permission::default()).unwrap_err();
+    assert_eq!(refused, Unavailable::Taken("web".into()));
+    assert_eq!(store.claim(key, AGAIN).unwrap().images().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn one_restore_gets_a_snapshot_unless_another_is_asked_for_as_a_copy() {
+    let store = store(1 << 20);
+    let key = store.expect("web", Permission::default()).unwrap();
+    let first = store.claim(key, Permission::default()).unwrap();
+    for permission in [Permission::default(), AGAIN] {
+        let refused = store.claim(key, permission).unwrap_err();
+        assert_eq!(refused, Unavailable::Claimed("web".into()), "also while it is awaited");
+    }
+    let copy = store.claim(key, COPY).unwrap();
+    assert_eq!(whole(&store, "web").await, key);
+    first.taken();
+    drop((first, copy));
+    let refused = store.claim(key, Permission::default()).unwrap_err();
+    assert_eq!(refused, Unavailable::Taken("web".into()));
+    store.claim(key, COPY).unwrap().failed();
+    assert_eq!(state(&store, "web"), "taken", "the first one runs");
+}
+
+#[tokio::test]
+async fn a_snapshot_whose_restore_failed_is_whole_again() {
+    let store = store(1 << 20);
+    let key = whole(&store, "web").await;
+    store.claim(key, Permission::default()).unwrap().failed();
+    assert_eq!(state(&store, "web"), "whole");
+    let claim = store.claim(key, Permission::default()).unwrap();
+    claim.taken();
+    drop(claim);
+    store.claim(key, AGAIN).unwrap().failed();
+    assert_eq!(state(&store, "web"), "whole");
+    assert!(store.expire(Instant::now() + Duration::from_secs(1_000_000)).is_empty());
+    assert!(store.claim(key, Permission::default()).is_ok());
+}
+
+#[tokio::test]
+async fn what_is_not_here_cannot_be_restored_again() {
+    let store = store(1 << 20);
+    assert_eq!(store.expect("web", AGAIN), Err(Refused::Gone("web".into())));
+    store.expect("web", Permission::default()).unwrap();
+    assert_eq!(store.expect("web", AGAIN), Err(Refused::Gone("web".into())), "it is awaited");
+    whole(&store, "web").await;
+    assert!(store.expect("web", AGAIN).is_ok());
+    store.drop_snapshot("web");
+    assert_eq!(store.expect("web", AGAIN), Err(Refused::Gone("web".into())));
 }
 
 #[tokio::test]

@@ -56,7 +56,7 @@ impl Criu {
         Criu::new(proxy.open_to(id, Some(cache)))
     }
 
-    fn new(socket: UnixStream) -> Criu {
+    pub(crate) fn new(socket: UnixStream) -> Criu {
         socket.set_read_timeout(Some(SOON)).unwrap();
         socket.set_write_timeout(Some(SOON)).unwrap();
         Criu { socket }

@@ -329,6 +329,41 @@ impl Daemon {
         self.control(async |client| client.open(id, None, Reading::Take, listener.into()).await)
     }
 
+    /// A connection that only looks at the snapshot `id`.
+    pub(crate) fn look(&self, id: &str) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        self.control(async |client| client.open(id, None, Reading::Look, theirs.into()).await)
+            .unwrap();
+        ours
+    }
+
+    /// A connection to a directory that was opened for the snapshot `id`.
+    pub(crate) fn opened(&self, id: &str) -> UnixStream {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("streamer-serve.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        self.control(async |client| client.open(id, None, Reading::Take, listener.into()).await)
+            .unwrap();
+        UnixStream::connect(path).unwrap()
+    }
+
+    /// Whether a snapshot is listed in that state now.
+    pub(crate) fn lists(&self, id: &str, state: SnapshotState) -> bool {
+        self.show(id).is_some_and(|snapshot| snapshot.state == state)
+    }
+
+    /// A connection of a restore of the snapshot `id`, if the cache will.
+    pub(crate) fn try_hold(
+        &self,
+        id: &str,
+        again: bool,
+        copy: bool,
+    ) -> Result<UnixStream, ClientError> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        self.control(async |client| client.hold(id, again, copy, theirs.into()).await)?;
+        Ok(ours)
+    }
+
     /// A connection on which pages of the snapshot `id` come, or are asked for.
     pub(crate) fn open_pages(&self, id: &str) -> UnixStream {
         self.open_pages_of(id, None)

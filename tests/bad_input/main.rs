@@ -29,6 +29,7 @@ mod link_at_proxy;
 mod link_order;
 mod metrics;
 mod opened;
+mod outcomes;
 mod pages_at_cache;
 mod pages_at_proxy;
 mod pages_at_proxy_wait;

@@ -235,6 +235,7 @@ fn a_snapshot_that_has_no_pages_yet_or_none_any_more_has_none() {
     assert_eq!(told(&mut proxy, TASK, 16, 1), (1, vec![10]));
 
     restore.read("inventory.img");
+    restore.read("pages-1.img");
     drop(restore);
     cache.assert_state("web", SnapshotState::Taken);
     refused(&mut proxy, Errno::STALE, "a restore has taken snapshot web");

@@ -17,7 +17,8 @@ fn an_image_is_said_to_be_missing_only_once_the_snapshot_is_whole() {
     proxy.begin(0, "web");
     proxy.image(0, 0, "core-7.img", RECORDS);
     cache.assert_image("web", "core-7.img", 12);
-    let (mut missing, mut there) = (Criu::restore(&cache), Criu::in_dir_of("web", &cache));
+    let mut missing = Criu::in_dir_of("web", &cache);
+    let mut there = Criu::new(cache.try_hold("web", false, true).unwrap());
     missing.request("cgroup.img");
     there.request("core-7.img");
     missing.assert_waits();

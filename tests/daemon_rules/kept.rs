@@ -136,12 +136,39 @@ fn what_was_acknowledged_outlives_a_cache_that_is_killed_or_stopped() {
         cache.status();
         let cache = manager.start("4096");
         assert_eq!(restore(manager.dir(), "pages-1.img"), pages());
-        assert!(eventually(|| manager.names().is_empty()), "what was taken is not kept");
+        // With another record.
+        let taken = || manager.names() == ["image-0", "record-2"];
+        assert!(eventually(taken), "{:?}", manager.names());
         cache.signal(signal);
         cache.status();
         let _cache = manager.start("4096");
-        assert_eq!(ctl(manager.dir(), &["show", "web"]).0, 4, "{signal:?}");
+        let again = "snapshot web is held again, as one that was taken";
+        assert!(manager.log().contains(again), "{}", manager.log());
+        let dir = manager.dir().join("directory");
+        fs::create_dir(&dir).unwrap();
+        let open = |again: &[&str]| {
+            let words = [&["open", "--snapshot", "web"], again, &[dir.to_str().unwrap()]].concat();
+            ctl(manager.dir(), &words).0
+        };
+        assert_eq!(open(&[]), 1, "it is not restored twice in silence");
+        assert_eq!(open(&["--again"]), 0, "{signal:?}");
+        assert_eq!(restore(&dir, "pages-1.img"), pages());
     }
+}
+
+#[test]
+fn what_was_taken_is_kept_for_its_time_and_not_longer() {
+    let manager = Manager::new();
+    let config = "pages.listen = \"\"\nstore.keep = \"taken\"\n";
+    fs::write(manager.dir().join("config.toml"), config).unwrap();
+    let cache = manager.start("4096");
+    manager.send(&pages());
+    assert_eq!(restore(manager.dir(), "pages-1.img"), pages());
+    assert!(eventually(|| manager.names().is_empty()), "{:?}", manager.names());
+    cache.signal(Signal::KILL);
+    cache.status();
+    let _cache = manager.start("4096");
+    assert_eq!(ctl(manager.dir(), &["show", "web"]).0, 4);
 }
 
 #[test]

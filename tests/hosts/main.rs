@@ -22,6 +22,7 @@ mod scrape;
 mod confinement;
 mod directories;
 mod drop_ins;
+mod failed_restores;
 mod failures;
 mod figures;
 mod instances;

@@ -17,18 +17,22 @@ or by systemd, which runs the same:
   systemctl start criu-image-restore@web
 
 It waits until the snapshot is whole, then criu restores the process in the background and ends. The \
-snapshot is taken then. If that fails, CRIU's errors are told, and the snapshot may be restored once more \
-with --again.
+snapshot is taken then, and not if that fails: CRIU's errors are told, and it may be restored once more. A cache that \
+is restarted meanwhile is waited for.
 
-With --view criu finds the images in a directory (criu restore -D), for plugins that read files. A restore \
-that fails leaves the snapshot as it was: no --again is needed then.";
+One restore gets a snapshot: a second one is refused unless it is asked for as a copy. With --view criu finds the \
+images in a directory (criu restore -D), for plugins that read files.";
 
 /// `restore`
 #[derive(Debug, Args)]
 pub(in crate::ctl) struct Restore {
-    /// Restore a snapshot once more that was taken already: the restore failed
+    /// Restore a snapshot once more that was taken already, because its process does not run
     #[arg(long)]
     pub(in crate::ctl) again: bool,
+
+    /// Restore a snapshot that another restore has, or waits for, or has taken: both processes are to run
+    #[arg(long)]
+    pub(in crate::ctl) copy: bool,
 
     /// Give up if the snapshot is not whole after this time, as in 30, 1.5s, 500ms, 10min, 2h
     #[arg(long, value_name = "DURATION", value_parser = duration)]
@@ -39,7 +43,7 @@ pub(in crate::ctl) struct Restore {
     pub(in crate::ctl) pidfile: Option<PathBuf>,
 
     /// Restore from a directory in which the pages are links into the cache's memory, instead of
-    /// through the stream; the snapshot is taken only if that succeeds
+    /// through the stream
     #[arg(long)]
     pub(in crate::ctl) view: bool,
 

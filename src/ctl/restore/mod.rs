@@ -1,8 +1,10 @@
 //! `restore`: a process goes on from a snapshot of the cache.
 
 pub(super) mod args;
-mod viewed;
+mod held;
+mod pid_taken;
 
+use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fs;
 use std::future::ready;
@@ -11,21 +13,27 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde_json::json;
+use tokio::net::UnixListener;
+use tokio::time::{sleep, timeout};
 
 use self::args::Restore;
-use self::viewed::{VIEW, Viewed};
+use self::held::{Held, RETRY};
+use self::pid_taken::PidTaken;
 use super::cli::{Daemon, Until, Wait};
-use super::criu::{LOG, Run};
+use super::criu::{LOG, Run, log_tail};
 use super::exit::{Exit, Failure};
 use super::interrupts::Interrupts;
 use super::print::{Output, clean, size};
-use super::{reach, wait};
-use crate::control::Reading;
+use super::{reach, view, wait};
 use crate::control::model::{Role, Snapshot, SnapshotState};
+use crate::control::{Client, Reading};
 use crate::criu::names::check_id;
 use crate::criu::stream::SERVE_SOCKET;
+use crate::daemon::handed_over::into_tokio;
 use crate::sys::unix;
 
+/// The view, in the work directory.
+const VIEW: &str = "view";
 /// Where CRIU writes the pid of what it has restored, unless a file is named for it.
 const PIDFILE: &str = "restored.pid";
 
@@ -36,21 +44,17 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     let pidfile = args.pidfile.as_deref().map(std::path::absolute).transpose();
     let pidfile = pidfile.map_err(|error| Failure::usage(format!("--pidfile: {error}")))?;
     let mut interrupts = Interrupts::catch()?;
-    let mut client = reach::only(daemon, Role::Cache, "restore").await?;
+    let client = reach::only(daemon, Role::Cache, "restore").await?;
     let work_dir = args.criu.make_work_dir("restore")?;
     let dir = work_dir.path();
     let pidfile = pidfile.unwrap_or_else(|| dir.join(PIDFILE));
 
-    // Opened before it is there, the snapshot is kept for this restore.
-    let listener = unix::bind(dir, SERVE_SOCKET).map_err(|error| {
-        Failure::failed(format!("{}: {error}", dir.join(SERVE_SOCKET).display()))
-    })?;
-    let reading = if args.again { Reading::TakeAgain } else { Reading::Take };
-    client.open(id, None, reading, listener.into()).await?;
-
-    let snapshot = when_whole(client.path(), args, &mut interrupts).await?;
+    let cache = client.path().to_owned();
+    drop(client);
+    let (held, snapshot) = when_whole(&cache, args, &mut interrupts).await?;
     let begun = Instant::now();
-    restore(client.path(), args, &snapshot, dir, &pidfile, &mut interrupts).await?;
+    let run = CriuRun { cache: &cache, args, snapshot: &snapshot, dir, pidfile: &pidfile };
+    run.restore(held, &mut interrupts).await?;
     let pid: Option<u32> =
         fs::read_to_string(&pidfile).ok().and_then(|pid| pid.trim().parse().ok());
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -64,69 +68,195 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     })
 }
 
-/// Restores a snapshot that is whole.
-async fn restore(
-    cache: &Path,
-    args: &Restore,
-    snapshot: &Snapshot,
-    dir: &Path,
-    pidfile: &Path,
-    interrupts: &mut Interrupts,
-) -> Result<(), Failure> {
-    let mut viewed = None;
-    if args.view {
-        let made = interrupts.during(Viewed::make(cache, snapshot, dir)).await;
-        viewed = Some(made.map_err(|_| interrupted(&args.snapshot, "restored"))??);
-    }
-    // A pid of before must not pass for the new one.
-    remove(pidfile)?;
-    // A restore cannot be called off: it is done in a moment, or fails by itself.
-    let restored = criu(args, dir, pidfile).run(dir, interrupts, ready(())).await;
-    restored
-        .map_err(|failure| if failure.has_cure() { failure } else { once_more(args, failure) })?;
-    if let Some(Err(failure)) = viewed.map(Viewed::taken) {
-        let mut stderr = io::stderr();
-        let _ = writeln!(stderr, "the process runs, but the cache could not be told: {failure}");
-    }
-    Ok(())
+/// A run of CRIU on a snapshot that is whole.
+struct CriuRun<'a> {
+    cache: &'a Path,
+    args: &'a Restore,
+    snapshot: &'a Snapshot,
+    dir: &'a Path,
+    pidfile: &'a Path,
 }
 
-/// The snapshot, once it is whole.
+impl CriuRun<'_> {
+    /// Runs it, and tells the cache what has become of the snapshot.
+    async fn restore(&self, mut held: Held, interrupts: &mut Interrupts) -> Result<(), Failure> {
+        let listener = match self.prepare(&mut held, interrupts).await {
+            Ok(listener) => listener,
+            Err(failure) => {
+                held.failed();
+                return Err(failure);
+            }
+        };
+        let run = criu(self.args, self.dir, self.pidfile);
+        // A restore cannot be called off: it is done in a moment, or fails by itself.
+        let restored = tokio::select! {
+            restored = run.run(self.dir, interrupts, ready(())) => restored,
+            never = pass_on(listener, self.cache, &self.args.snapshot) => match never {},
+        };
+        match (restored, self.restored_pid()) {
+            (Ok(()), _) => {
+                if let Err(failure) = held.succeeded(self.snapshot).await {
+                    let mut stderr = io::stderr();
+                    let what = "the process runs, but the cache could not be told";
+                    let _ = writeln!(stderr, "{what}: {failure}");
+                }
+                Ok(())
+            }
+            // The cache hears nothing, and takes the snapshot for restored.
+            (Err(failure), Some(pid)) => Err(may_run(self.args, failure, pid)),
+            (Err(failure), None) => {
+                held.failed();
+                Err(if failure.has_cure() {
+                    failure
+                } else {
+                    once_more(self.args, self.dir, failure)
+                })
+            }
+        }
+    }
+
+    /// Makes ready what CRIU reads: a view, or the socket, which is returned.
+    async fn prepare(
+        &self,
+        held: &mut Held,
+        interrupts: &mut Interrupts,
+    ) -> Result<Option<UnixListener>, Failure> {
+        let mut listener = None;
+        if self.args.view {
+            let made = async {
+                let mut client = Client::connect(self.cache).await?;
+                view::make(&mut client, &self.args.snapshot, &self.dir.join(VIEW), false).await
+            };
+            let made = interrupts.during(made).await;
+            made.map_err(|_| interrupted(&self.args.snapshot, "restored"))??;
+        } else {
+            let bound = unix::bind(self.dir, SERVE_SOCKET).and_then(into_tokio);
+            listener = Some(bound.map_err(|error| {
+                Failure::failed(format!("{}: {error}", self.dir.join(SERVE_SOCKET).display()))
+            })?);
+        }
+        // Not before: the cache may have brought pages together for the view, and would hold them twice.
+        held.hold(self.snapshot).await?;
+        // A pid of before must not pass for the new one.
+        remove(self.pidfile)?;
+        Ok(listener)
+    }
+
+    /// The process that CRIU has restored, if it is there. CRIU writes its pid before it lets it run, and kills it when
+    /// it fails after that; a CRIU that was killed does not.
+    fn restored_pid(&self) -> Option<u32> {
+        let pid = fs::read_to_string(self.pidfile).ok()?.trim().parse().ok()?;
+        Path::new("/proc").join(format!("{pid}")).exists().then_some(pid)
+    }
+}
+
+/// Has the cache serve whoever connects: CRIU. Reading does not take the snapshot.
+async fn pass_on(listener: Option<UnixListener>, cache: &Path, id: &str) -> Infallible {
+    let Some(listener) = listener else { return std::future::pending().await };
+    loop {
+        let passed = async {
+            let (socket, _) = listener.accept().await.map_err(|error| {
+                Failure::failed(format!("criu's connection is not accepted: {error}"))
+            })?;
+            let socket = socket.into_std().map_err(|error| {
+                Failure::failed(format!("criu's connection cannot be passed on: {error}"))
+            })?;
+            let mut client = Client::connect(cache).await?;
+            client.open(id, None, Reading::Look, socket.into()).await?;
+            Ok::<_, Failure>(())
+        };
+        if let Err(failure) = passed.await {
+            // The connection is closed, and CRIU fails.
+            failure.report();
+        }
+    }
+}
+
+/// The snapshot, once it is whole, and the hold on it. A cache that is restarted meanwhile is asked again.
 async fn when_whole(
     cache: &Path,
     args: &Restore,
     interrupts: &mut Interrupts,
-) -> Result<Snapshot, Failure> {
+) -> Result<(Held, Snapshot), Failure> {
     let id = &args.snapshot;
-    let cache = Daemon { socket: Some(cache.to_owned()), ..Daemon::default() };
     let wait = Wait { snapshot: id.clone(), timeout: args.timeout, until: Until::Whole };
-    let waited = interrupts.during(wait::until(&cache, &wait)).await;
-    let snapshot = waited.map_err(|_| interrupted(id, "whole"))??;
-    // It was not when the socket was opened.
-    if snapshot.state == SnapshotState::Taken && !args.again {
+    let mut last = None;
+    let waited = claim_until_whole(cache, args, &wait, &mut last);
+    let waited = interrupts.during(async {
+        match args.timeout {
+            None => Some(waited.await),
+            Some(limit) => timeout(limit, waited).await.ok(),
+        }
+    });
+    let waited = waited.await.map_err(|_| interrupted(id, "whole"))?;
+    let (held, snapshot) = waited.unwrap_or_else(|| Err(wait::timed_out(&wait, last.as_ref())))?;
+    // It was not when the snapshot was claimed.
+    if snapshot.state == SnapshotState::Taken && !args.again && !args.copy {
         let what = format!("another restore has taken snapshot {id}");
         let cure = format!("if that one has failed: criu-imagectl restore --again {id}");
         return Err(Failure::failed(what).cure(cure));
     }
-    Ok(snapshot)
+    Ok((held, snapshot))
+}
+
+async fn claim_until_whole(
+    cache: &Path,
+    args: &Restore,
+    wait: &Wait,
+    last: &mut Option<Snapshot>,
+) -> Result<(Held, Snapshot), Failure> {
+    let daemon = Daemon { socket: Some(cache.to_owned()), ..Daemon::default() };
+    let mut is_told = false;
+    loop {
+        let attempt = async {
+            // Claimed before it is there, the snapshot is kept for this restore.
+            let held = Held::claim(cache, args).await?;
+            let snapshot = wait::follow(&daemon, wait, last).await?;
+            Ok::<_, Failure>((held, snapshot))
+        };
+        match attempt.await {
+            Err(failure) if failure.is_daemon_gone() => {
+                if !is_told {
+                    let mut stderr = io::stderr();
+                    let _ = writeln!(stderr, "the cache has gone, and is waited for: {failure}");
+                }
+                is_told = true;
+            }
+            outcome => return outcome,
+        }
+        // What was coming is lost with it.
+        *last = None;
+        sleep(RETRY).await;
+    }
 }
 
 fn interrupted(id: &str, before: &str) -> Failure {
     Failure::new(Exit::Interrupted, format!("interrupted before snapshot {id} was {before}"))
 }
 
-/// Says what to do after a restore that failed.
-fn once_more(args: &Restore, failure: Failure) -> Failure {
+/// Says what to do when nobody knows whether the process runs.
+fn may_run(args: &Restore, failure: Failure, pid: u32) -> Failure {
     let id = &args.snapshot;
-    // Through the stream it is taken when it has been read, whatever comes of it.
-    let options = match (args.view, args.again) {
-        (false, _) => "--again",
-        (true, false) => "--view",
-        (true, true) => "--view --again",
-    };
     failure.cure(format!(
-        "it may be tried once more, unless its process runs somewhere: criu-imagectl restore {options} {id}"
+        "process {pid} was restored before that and is there: look whether it runs, the snapshot counts as taken. \
+         If it does not: kill -9 {pid}; criu-imagectl restore --again {id}"
     ))
+}
+
+/// Says what to do after a restore that failed.
+fn once_more(args: &Restore, dir: &Path, failure: Failure) -> Failure {
+    let id = &args.snapshot;
+    let options = [(args.view, "--view "), (args.again, "--again "), (args.copy, "--copy ")];
+    let options: String = options.iter().filter(|(is, _)| *is).map(|(_, option)| *option).collect();
+    let again = format!("criu-imagectl restore {options}{id}");
+    if let Some(taken) = PidTaken::find(&log_tail(dir)) {
+        let cure = taken.cure();
+        return failure.cure(format!(
+            "{taken}\n  {cure}\n  Then, as the cache holds the snapshot as before: {again}"
+        ));
+    }
+    failure
+        .cure(format!("the cache holds the snapshot as before. When the cause is mended: {again}"))
 }
 
 fn criu(args: &Restore, dir: &Path, pidfile: &Path) -> Run {

@@ -5,6 +5,7 @@ use crate::config::StoreSettings;
 use crate::criu::pages::Space;
 use crate::store::flat_images::flat_images;
 use crate::store::pages::Round;
+use crate::store::{Permission, Refused};
 
 /// An image with one empty record, as CRIU begins them all.
 const RECORDS: &[u8] = b"\x19\x43\x56\x54\x16\x31\x31\x58\x00\x00\x00\x00";
@@ -275,7 +276,7 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
         Keeper { files: [(name, Rc::new(copy))].into(), ..keeper }
     };
     for (keeper, why) in [
-        (raw(7, &[2]), "another version of this program wrote it"),
+        (raw(7, &[3]), "another version of this program wrote it"),
         (raw(8, &u64::MAX.to_le_bytes()), "it is cut short"),
         (raw(8, &[0; 8]), "its record cannot be read"),
         (cut(raw(0, b""), 5), "its record cannot be read"),
@@ -325,22 +326,56 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
         assert!(lost.why.contains(why), "{why}: {lost:?}");
         assert!(again.pop().unwrap().is_ok(), "{why}");
         assert!(contents(&after, "db") == contents(&before, "db"));
-        assert_eq!(after.whole().len(), 1);
+        assert_eq!(after.restorable().len(), 1);
         after.drop_snapshot("db");
         assert_eq!(after.quota().used(), 0, "{why}");
     }
 }
 
 #[tokio::test]
-async fn only_what_is_whole_is_kept() {
+async fn only_what_can_be_restored_is_kept() {
     let store = store();
     let key = store.begin("web", &sender()).unwrap();
     assert!(store.keep(key, |_| unreachable!()).is_none());
+    assert!(store.restorable().is_empty());
     add(&store, key, "inventory.img", RECORDS).await;
     store.complete(key, false).unwrap();
     assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
-    store.claim(key).taken();
-    assert!(store.keep(key, |_| unreachable!()).is_none());
-    assert_eq!(store.whole().len(), 0);
+    store.claim(key, Permission::default()).unwrap().taken();
+    assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
     store.expire(std::time::Instant::now() + Duration::from_secs(3600));
+    assert!(store.restorable().is_empty());
+}
+
+#[tokio::test]
+async fn what_was_taken_is_held_again_as_that_for_the_rest_of_its_time() {
+    let before = store();
+    let key = before.begin("web", &sender()).unwrap();
+    add(&before, key, "inventory.img", RECORDS).await;
+    before.complete(key, false).unwrap();
+    before.claim(key, Permission::default()).unwrap().taken();
+    let kept = before.keep(key, |_| unreachable!()).unwrap().unwrap();
+    let mut head = [0; 8];
+    kept.record.read_exact_at(&mut head, 0).unwrap();
+    assert_ne!(head, MAGIC, "a cache that does not know it must not hold it as whole");
+    // As if it had been taken nine minutes ago.
+    let mut text = read_text(&kept.record).unwrap();
+    *text.taken_ms.as_mut().unwrap() -= 540_000;
+    let mut begin = [0; 8];
+    kept.record.read_exact_at(&mut begin, 8).unwrap();
+    let begin = u64::from_le_bytes(begin);
+    kept.record.set_len(begin).unwrap();
+    kept.record.write_all_at(&serde_json::to_vec(&text).unwrap(), begin).unwrap();
+
+    let after = store();
+    let again = after.hold_again(std::slice::from_ref(&kept.record), &Files::new()).pop();
+    assert!(again.unwrap().unwrap().taken);
+    let refused = after.expect("web", Permission::default());
+    assert_eq!(refused, Err(Refused::Taken("web".into())));
+    assert!(after.claim_oldest().is_none());
+    let again = Permission { again: true, copy: false };
+    assert!(after.expect("web", again).is_ok());
+    let later = |seconds| std::time::Instant::now() + Duration::from_secs(seconds);
+    assert!(after.expire(later(50)).is_empty());
+    assert_eq!(after.expire(later(61)).len(), 1, "store.keep goes on where it was");
 }
