@@ -49,6 +49,7 @@ impl Store {
             bytes: images.values().map(|bytes| bytes.len() as u64).sum(),
             begun_ms: 1_000,
             ended_ms: 3_000,
+            needs_view: String::new(),
         };
         self.lock().insert(id.to_owned(), Held { snapshot, images });
     }

@@ -234,5 +234,6 @@ fn describe(snapshot: &Snapshot) -> model::Snapshot {
         bytes: counts.bytes,
         begun_ms: snapshot.begun_ms,
         ended_ms: snapshot.ended_ms,
+        needs_view: snapshot.needs_view.clone().unwrap_or_default(),
     }
 }

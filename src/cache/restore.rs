@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::config::CacheSettings;
+use crate::criu::images::INVENTORY;
 use crate::criu::pages::is_pages_image;
 use crate::criu::stream::{HELD_BY_RESTORE, RESTORE_FAILED, decode_request, encode_reply};
 use crate::daemon::journal;
@@ -153,6 +154,7 @@ pub(super) async fn serve(
             read: BTreeSet::new(),
             holds: false,
             has_failed: false,
+            warned: false,
         };
         if let Err(failure) = restore.run(source).await {
             if let Some(reason) = failure.reason() {
@@ -275,6 +277,8 @@ struct Restore<'a> {
     holds: bool,
     /// It has said that it has failed.
     has_failed: bool,
+    /// Whether it was said that it should have been restored from a view.
+    warned: bool,
 }
 
 impl Restore<'_> {
@@ -283,6 +287,9 @@ impl Restore<'_> {
         while let Some(request) = read_request(&mut self.socket, patience).await? {
             let name = decode_request(&request).map_err(BadSession::from)?;
             let images = self.images(source).await?;
+            if !matches!(source, Source::Look(_)) && images.contains_key(&name) {
+                self.warn_if_view_is_needed(&name);
+            }
             self.answer(&images, &name, patience).await?;
         }
         self.finish().await
@@ -309,6 +316,24 @@ impl Restore<'_> {
         let images = images?;
         self.images = Some(images.clone());
         Ok(images)
+    }
+
+    /// Says once that CRIU restores through the stream what it does not get right from a pipe. A restore from a view
+    /// has a session, too, but reads the inventory at most.
+    fn warn_if_view_is_needed(&mut self, name: &str) {
+        if self.warned || name == INVENTORY {
+            return;
+        }
+        self.warned = true;
+        let Some(claim) = &self.claim else { return };
+        if let (Some(id), Some(criu_reason)) = (claim.id(), claim.needs_view()) {
+            tracing::warn!(
+                message_id = journal::VIEW_NEEDED,
+                criu_snapshot = id,
+                criu_reason,
+                "snapshot {id} is restored through the stream and needs a view: {criu_reason}"
+            );
+        }
     }
 
     async fn answer(

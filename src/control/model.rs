@@ -93,6 +93,10 @@ pub struct Snapshot {
     pub begun_ms: u64,
     /// When it became whole or damaged; 0 before.
     pub ended_ms: u64,
+    /// Why it has to be restored from a view and not through the stream; empty otherwise (cache). A cache of 0.1.0
+    /// does not say.
+    #[serde(default)]
+    pub needs_view: String,
 }
 
 /// One image of a snapshot.

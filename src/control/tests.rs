@@ -37,6 +37,7 @@ impl Fake {
             bytes,
             begun_ms: 1,
             ended_ms: 0,
+            needs_view: String::new(),
         });
     }
 }

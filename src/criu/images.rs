@@ -88,6 +88,16 @@ pub fn check_records<R: Read + Seek>(image: &mut BufReader<R>, len: u64) -> Resu
     Ok(records)
 }
 
+/// The first record of an image that is all there, without its length; `None` if there is no such record.
+pub(super) fn first_record(image: &[u8]) -> Option<&[u8]> {
+    let (magic, mut rest) = image.split_first_chunk()?;
+    if [IMG_COMMON_MAGIC, IMG_SERVICE_MAGIC].contains(&u32::from_le_bytes(*magic)) {
+        rest = rest.get(4..)?;
+    }
+    let (len, rest) = rest.split_first_chunk()?;
+    rest.get(..usize::try_from(u32::from_le_bytes(*len)).ok()?)
+}
+
 fn read_u32(image: &mut impl Read) -> io::Result<u32> {
     let mut bytes = [0; 4];
     image.read_exact(&mut bytes)?;

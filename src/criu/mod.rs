@@ -1,12 +1,14 @@
 //! What CRIU says: one module per protocol, codecs and session state machines without sockets.
 
 pub mod capture;
+mod fields;
 pub mod historical;
 pub mod images;
 pub mod names;
 pub mod page_server;
 pub mod pagemap;
 pub mod pages;
+pub mod pipes;
 pub mod remote;
 pub mod stats;
 pub mod stream;

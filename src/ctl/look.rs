@@ -176,6 +176,9 @@ fn show_text(snapshot: &Snapshot, images: &[Image]) -> String {
     if !snapshot.reason.is_empty() {
         line("reason", &snapshot.reason);
     }
+    if !snapshot.needs_view.is_empty() {
+        line("view", &format!("needed: {}", snapshot.needs_view));
+    }
     line("peer", &snapshot.peer);
     line("images", &snapshot.images.to_string());
     line("bytes", &format!("{} ({})", size(snapshot.bytes), snapshot.bytes));

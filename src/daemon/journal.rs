@@ -37,6 +37,8 @@ pub const ROUND_FAILED: &str = "afefde9ee9864cdca7a37dc607575d36";
 pub const RESTORE_FAILED: &str = "9ab14614267343639cb98ff70da1f252";
 /// Who wants to read a snapshot waits for it, and nothing has come for some time.
 pub const RESTORE_WAITS: &str = "7c66c03721f84841ae8425e941b4e8af";
+/// A restore reads through the stream what CRIU does not get right from a pipe.
+pub const VIEW_NEEDED: &str = "37e311816da14663bcf6cfeb3fe4a6c9";
 /// Somebody has asked for pages of a snapshot, and has gone.
 pub const PAGES_SERVED: &str = "658f96f5e56f4570bb3a1225c6784b8c";
 /// A link is up.

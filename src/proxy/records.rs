@@ -178,6 +178,7 @@ impl Records {
             bytes: 0,
             begun_ms: now_ms(),
             ended_ms: 0,
+            needs_view: String::new(),
         };
         let mut timeline = Timeline::default();
         if state == SnapshotState::Receiving {

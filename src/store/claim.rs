@@ -71,6 +71,11 @@ impl Claim {
         }
     }
 
+    /// Why the snapshot has to be restored from a view, if it has.
+    pub fn needs_view(&self) -> Option<String> {
+        self.store.look(self.key, |snapshot| snapshot.needs_view.clone()).flatten()
+    }
+
     /// Waits until the snapshot is whole, and gives its images; or tells at once why it never will
     /// be.
     pub async fn images(&self) -> Result<Rc<Images>, Unavailable> {

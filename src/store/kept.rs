@@ -24,7 +24,7 @@ use super::image::Image;
 use super::pages::{Index, Layer, PAGE, PageRange, Run};
 use super::quota::{Charge, Quota};
 use super::snapshot::{Images, Sender, Snapshot, State};
-use super::{Key, Store};
+use super::{Key, Store, needs_view};
 use crate::criu::names::{check_id, check_image, check_list};
 use crate::criu::pages::is_pages_image;
 use crate::sys::clock::now_ms;
@@ -168,6 +168,7 @@ impl Store {
             return Err("there is another of that id".to_owned());
         }
         let sender = Sender { name: text.sender.clone(), host: text.host };
+        let needs_view = needs_view::why(&images);
         let state = match text.taken_ms {
             None => State::Whole(images),
             Some(_) => State::Taken(images),
@@ -181,6 +182,7 @@ impl Store {
         snapshot.begun_ms = text.begun_ms;
         snapshot.ended_ms = text.ended_ms;
         snapshot.reserved = text.reserved;
+        snapshot.needs_view = needs_view;
         Ok(self.list_beyond(snapshot))
     }
 }

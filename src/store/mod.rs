@@ -21,6 +21,7 @@ mod flatten;
 mod image;
 mod kept;
 mod lists;
+mod needs_view;
 pub mod pages;
 mod quota;
 mod rounds;
@@ -360,8 +361,10 @@ impl Store {
         };
         match whole {
             Ok(images) => {
+                let needs_view = needs_view::why(&images);
                 self.update(key, |snapshot| {
                     snapshot.end(State::Whole(images));
+                    snapshot.needs_view = needs_view;
                     if !partial {
                         self.lists.borrow_mut().end_chain(&snapshot.id);
                     }

@@ -90,6 +90,8 @@ pub struct Snapshot {
     pub begun_ms: u64,
     /// When it became whole or damaged: milliseconds since the epoch, 0 before.
     pub ended_ms: u64,
+    /// Why it has to be restored from a view, once it is whole; `None` if the stream will do.
+    pub needs_view: Option<String>,
     /// How many restores are bound to it now.
     pub restores: usize,
     /// Whether it is kept for restores that ask for it by name.
@@ -112,6 +114,7 @@ impl Snapshot {
             since: Instant::now(),
             begun_ms: now_ms(),
             ended_ms: 0,
+            needs_view: None,
             restores: 0,
             reserved: false,
             timeline,

@@ -287,7 +287,7 @@ fn succeeded(command: &dyn std::fmt::Debug, output: &Output) -> String {
     out.into_owned()
 }
 
-fn repository() -> &'static Path {
+pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 

@@ -16,7 +16,7 @@ fn event(name: &str) -> Event {
 /// Waits until a message of the event has come on the host. `journalctl -x` explains it under this subject, in which
 /// `@CRIU_PEER@` is whoever it was, and it has all its fields.
 #[track_caller]
-fn assert_told(bed: &Bed, host: Host, name: &str, subject: &str) -> Value {
+pub(crate) fn assert_told(bed: &Bed, host: Host, name: &str, subject: &str) -> Value {
     let event = event(name);
     let matching = [format!("MESSAGE_ID={}", event.id)];
     let matching: Vec<_> = matching.iter().map(String::as_str).collect();

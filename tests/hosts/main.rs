@@ -32,3 +32,4 @@ mod migration;
 mod one_command;
 mod page_server;
 mod service;
+mod views;

@@ -1,7 +1,7 @@
 //! One entry of a pagemap image: what it says, and what it means.
 
-use super::fields::{Fields, Unknown, put_field};
 use super::{BadPagemap, NotUnderstood};
+use crate::criu::fields::{Fields, Unknown, put_field};
 use crate::criu::pages::{Contents, Run};
 
 /// A run of pages, as an image says it.

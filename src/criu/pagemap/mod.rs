@@ -11,13 +11,12 @@
 //! would take the same walk over the fields, and its types besides.
 
 mod entry;
-mod fields;
 
 use prost::bytes::{Buf, BufMut};
 
 use self::entry::Entry;
-use self::fields::{Fields, Unknown, put_field};
 use super::pages::{BadFlags, BadRange, Run};
+use crate::criu::fields::{Fields, Unknown, put_field};
 
 /// `IMG_COMMON_MAGIC` and `PAGEMAP_MAGIC` of `criu/include/magic.h`.
 const MAGICS: [u32; 2] = [0x5456_4319, 0x5608_4025];

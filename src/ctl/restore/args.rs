@@ -21,7 +21,9 @@ snapshot is taken then, and not if that fails: CRIU's errors are told, and it ma
 is restarted meanwhile is waited for.
 
 One restore gets a snapshot: a second one is refused unless it is asked for as a copy. With --view criu finds the \
-images in a directory (criu restore -D), for plugins that read files.";
+images in a directory (criu restore -D), for plugins that read files. What CRIU does not get right from a pipe \
+is restored like that in any case, and the command says so: firewall rules (nftables) of a network \
+namespace, private memory in huge pages or of a plugin.";
 
 /// `restore`
 #[derive(Debug, Args)]
@@ -46,6 +48,11 @@ pub(in crate::ctl) struct Restore {
     /// through the stream
     #[arg(long)]
     pub(in crate::ctl) view: bool,
+
+    /// Restore through the stream even what needs a view: firewall rules are lost then, and memory in
+    /// huge pages makes the restore fail
+    #[arg(long, conflicts_with = "view")]
+    pub(in crate::ctl) stream: bool,
 
     #[command(flatten)]
     pub(in crate::ctl) criu: CriuArgs,

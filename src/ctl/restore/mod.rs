@@ -3,6 +3,7 @@
 pub(super) mod args;
 mod held;
 mod pid_taken;
+mod way;
 
 use std::convert::Infallible;
 use std::ffi::OsString;
@@ -19,6 +20,7 @@ use tokio::time::{sleep, timeout};
 use self::args::Restore;
 use self::held::{Held, RETRY};
 use self::pid_taken::PidTaken;
+use self::way::Way;
 use super::cli::{Daemon, Until, Wait};
 use super::criu::{LOG, Run, log_tail};
 use super::exit::{Exit, Failure};
@@ -52,8 +54,14 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     let cache = client.path().to_owned();
     drop(client);
     let (held, snapshot) = when_whole(&cache, args, &mut interrupts).await?;
+    let way = Way::of(args, &snapshot);
+    if let Some(why) = way.why() {
+        let told = clean(&format!("snapshot {id} is restored from a view: {why}"));
+        let _ = writeln!(io::stderr(), "{told}");
+    }
     let begun = Instant::now();
-    let run = CriuRun { cache: &cache, args, snapshot: &snapshot, dir, pidfile: &pidfile };
+    let run =
+        CriuRun { cache: &cache, args, way: &way, snapshot: &snapshot, dir, pidfile: &pidfile };
     run.restore(held, &mut interrupts).await?;
     let pid: Option<u32> =
         fs::read_to_string(&pidfile).ok().and_then(|pid| pid.trim().parse().ok());
@@ -61,6 +69,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     let (images, bytes) = (snapshot.images, snapshot.bytes);
     let result = json!({
         "snapshot": id, "pid": pid, "images": images, "bytes": bytes, "milliseconds": ms,
+        "view": way.is_view(), "needs-view": way.why(),
     });
     output.print(&result, || {
         let pid = pid.map_or_else(String::new, |pid| format!(" as process {pid}"));
@@ -72,6 +81,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
 struct CriuRun<'a> {
     cache: &'a Path,
     args: &'a Restore,
+    way: &'a Way,
     snapshot: &'a Snapshot,
     dir: &'a Path,
     pidfile: &'a Path,
@@ -87,7 +97,7 @@ impl CriuRun<'_> {
                 return Err(failure);
             }
         };
-        let run = criu(self.args, self.dir, self.pidfile);
+        let run = criu(self.args, self.way, self.dir, self.pidfile);
         // A restore cannot be called off: it is done in a moment, or fails by itself.
         let restored = tokio::select! {
             restored = run.run(self.dir, interrupts, ready(())) => restored,
@@ -122,7 +132,7 @@ impl CriuRun<'_> {
         interrupts: &mut Interrupts,
     ) -> Result<Option<UnixListener>, Failure> {
         let mut listener = None;
-        if self.args.view {
+        if self.way.is_view() {
             let made = async {
                 let mut client = Client::connect(self.cache).await?;
                 view::make(&mut client, &self.args.snapshot, &self.dir.join(VIEW), false).await
@@ -246,7 +256,12 @@ fn may_run(args: &Restore, failure: Failure, pid: u32) -> Failure {
 /// Says what to do after a restore that failed.
 fn once_more(args: &Restore, dir: &Path, failure: Failure) -> Failure {
     let id = &args.snapshot;
-    let options = [(args.view, "--view "), (args.again, "--again "), (args.copy, "--copy ")];
+    let options = [
+        (args.view, "--view "),
+        (args.stream, "--stream "),
+        (args.again, "--again "),
+        (args.copy, "--copy "),
+    ];
     let options: String = options.iter().filter(|(is, _)| *is).map(|(_, option)| *option).collect();
     let again = format!("criu-imagectl restore {options}{id}");
     if let Some(taken) = PidTaken::find(&log_tail(dir)) {
@@ -259,9 +274,9 @@ fn once_more(args: &Restore, dir: &Path, failure: Failure) -> Failure {
         .cure(format!("the cache holds the snapshot as before. When the cause is mended: {again}"))
 }
 
-fn criu(args: &Restore, dir: &Path, pidfile: &Path) -> Run {
+fn criu(args: &Restore, way: &Way, dir: &Path, pidfile: &Path) -> Run {
     let mut arguments: Vec<OsString> = vec!["restore".into()];
-    if args.view {
+    if way.is_view() {
         arguments.extend(["-D".into(), dir.join(VIEW).into(), "-W".into(), dir.into()]);
     } else {
         arguments.extend(["--stream".into(), "-D".into(), dir.into()]);
@@ -294,7 +309,7 @@ mod tests {
         let Command::Restore(args) = Cli::try_parse_from(words).unwrap().command else { panic!() };
         assert!(args.again);
         assert_eq!(
-            criu(&args, Path::new("/w"), Path::new("/run/web.pid")).line(),
+            criu(&args, &Way::Stream, Path::new("/w"), Path::new("/run/web.pid")).line(),
             "criu restore --stream -D /w -d -o criu.log --pidfile /run/web.pid --shell-job -v4"
         );
     }
@@ -304,7 +319,7 @@ mod tests {
         let words = ["criu-imagectl", "restore", "--view", "web"];
         let Command::Restore(args) = Cli::try_parse_from(words).unwrap().command else { panic!() };
         assert_eq!(
-            criu(&args, Path::new("/w"), Path::new("/w/pid")).line(),
+            criu(&args, &Way::View(None), Path::new("/w"), Path::new("/w/pid")).line(),
             "criu restore -D /w/view -W /w -d -o criu.log --pidfile /w/pid"
         );
     }

@@ -4,25 +4,27 @@ use prost::bytes::Buf;
 
 /// The fields of a message that are not known here.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Unknown {
+pub(in crate::criu) struct Unknown {
     /// The number of the first.
-    pub(super) first: Option<u32>,
+    pub(in crate::criu) first: Option<u32>,
     /// As they came, keys and all.
-    pub(super) bytes: Vec<u8>,
+    pub(in crate::criu) bytes: Vec<u8>,
 }
 
 impl Unknown {
-    pub(super) fn push(&mut self, field: &Field) {
+    pub(in crate::criu) fn push(&mut self, field: &Field) {
         self.first.get_or_insert(field.number);
         self.bytes.extend_from_slice(field.bytes);
     }
 }
 
 /// A field of a message.
-pub(super) struct Field<'a> {
-    pub(super) number: u32,
-    /// Its value, if it is a number of variable length: the known fields are all that.
-    pub(super) value: Option<u64>,
+pub(in crate::criu) struct Field<'a> {
+    pub(in crate::criu) number: u32,
+    /// Its value, if it is a number of variable length.
+    pub(in crate::criu) value: Option<u64>,
+    /// What it holds, if it is a message, or other bytes.
+    pub(in crate::criu) contents: Option<&'a [u8]>,
     /// All of it, with its key.
     bytes: &'a [u8],
 }
@@ -30,13 +32,13 @@ pub(super) struct Field<'a> {
 impl Field<'_> {
     /// Its number and its value, which may have more than the 32 bits that some fields have. Such a one
     /// is unknown: protobuf would drop the upper half.
-    pub(super) fn known(&self) -> Option<(u32, Result<u32, std::num::TryFromIntError>)> {
+    pub(in crate::criu) fn known(&self) -> Option<(u32, Result<u32, std::num::TryFromIntError>)> {
         self.value.map(|value| (self.number, value.try_into()))
     }
 }
 
 /// The fields of a message, in order; `None` where it is not protobuf, and then no further.
-pub(super) struct Fields<'a>(pub(super) &'a [u8]);
+pub(in crate::criu) struct Fields<'a>(pub(in crate::criu) &'a [u8]);
 
 impl<'a> Iterator for Fields<'a> {
     type Item = Option<Field<'a>>;
@@ -47,27 +49,28 @@ impl<'a> Iterator for Fields<'a> {
         }
         let message = std::mem::take(&mut self.0);
         let mut rest = message;
-        let Some((number, value)) = take_field(&mut rest) else { return Some(None) };
+        let Some((number, value, contents)) = take_field(&mut rest) else { return Some(None) };
         let (bytes, rest) = message.split_at(message.len() - rest.len());
         self.0 = rest;
-        Some(Some(Field { number, value, bytes }))
+        Some(Some(Field { number, value, contents, bytes }))
     }
 }
 
-/// Takes a field off the front: its number, and its value if it is a varint. Groups are not taken:
-/// CRIU has never used any.
-fn take_field(message: &mut &[u8]) -> Option<(u32, Option<u64>)> {
+/// Takes a field off the front: its number, its value if it is a varint, and its bytes if it has a length.
+/// Groups are not taken: CRIU has never used any.
+fn take_field<'a>(message: &mut &'a [u8]) -> Option<(u32, Option<u64>, Option<&'a [u8]>)> {
     let key = take_varint(message)?;
     let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
-    let skip = match key & 7 {
-        0 => return Some((number, Some(take_varint(message)?))),
-        1 => 8,
-        2 => usize::try_from(take_varint(message)?).ok()?,
-        5 => 4,
+    let (kind, len) = match key & 7 {
+        0 => return Some((number, Some(take_varint(message)?), None)),
+        1 => (1, 8),
+        2 => (2, usize::try_from(take_varint(message)?).ok()?),
+        5 => (5, 4),
         _ => return None,
     };
-    *message = message.get(skip..)?;
-    Some((number, None))
+    let (bytes, rest) = message.split_at_checked(len)?;
+    *message = rest;
+    Some((number, None, (kind == 2).then_some(bytes)))
 }
 
 /// Takes a varint off the front: 7 bits a byte, the lowest first, at most 64.
@@ -88,7 +91,7 @@ fn take_varint(message: &mut &[u8]) -> Option<u64> {
 }
 
 /// Appends a field that is a number.
-pub(super) fn put_field(message: &mut Vec<u8>, number: u64, value: u64) {
+pub(in crate::criu) fn put_field(message: &mut Vec<u8>, number: u64, value: u64) {
     for mut left in [number << 3, value] {
         while left >= 0x80 {
             message.push(left.to_le_bytes()[0] | 0x80);
@@ -109,6 +112,8 @@ mod tests {
         let fields: Vec<_> = Fields(message).map(Option::unwrap).collect();
         let said: Vec<_> = fields.iter().map(|field| (field.number, field.value)).collect();
         assert_eq!(said, [(1, Some(150)), (6, None), (7, None), (8, None)]);
+        let contents: Vec<_> = fields.iter().map(|field| field.contents).collect();
+        assert_eq!(contents, [None, Some(&b"hi"[..]), None, None]);
         assert_eq!(fields.iter().map(|field| field.bytes).collect::<Vec<_>>().concat(), message);
     }
 
