@@ -600,6 +600,7 @@ fn a_socket_is_opened_in_a_directory() {
         parent: None,
         to: Some("hostb:1".to_owned()),
         reading: Reading::Take,
+        view: false,
         listening: true,
     };
     assert_eq!(*proxy.opened.lock().unwrap(), [expected]);

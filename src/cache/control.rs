@@ -78,6 +78,10 @@ impl Backend for Control {
             let permission = Permission { again, copy: request.copy };
             let key = cache.store.expect(&request.id, permission).map_err(not_expected)?;
             cache.store.reserve(key);
+            if request.view {
+                cache.store.await_view(key);
+                cache.prepare_view(key);
+            }
             (key, Source::Named(key, permission))
         };
         match socket {

@@ -376,6 +376,8 @@ impl<'a> Incoming<'a> {
                 );
                 let ack = SnapshotAck { snapshot, images, bytes };
                 self.answer(Message::SnapshotAck(ack));
+                // Not before: at the source the process is frozen until the answer has come.
+                self.cache.prepare_view(key);
             }
             Err(reason) => {
                 self.tell_damaged(&id, &reason);

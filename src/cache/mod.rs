@@ -46,7 +46,7 @@ use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::metrics;
 use crate::metrics::refusals::Reason;
-use crate::store::{State, Store};
+use crate::store::{Key, State, Store};
 use crate::sys::clock::now_ms;
 use crate::sys::connected::{self, Stream};
 
@@ -138,6 +138,12 @@ impl Cache {
                 );
             }
         }
+    }
+
+    /// Brings the pages of a whole snapshot together, in steps and if a restore from a view is to come.
+    fn prepare_view(&self, key: Key) {
+        let store = self.store.clone();
+        tokio::task::spawn_local(async move { store.prepare_view(key).await });
     }
 
     /// Has systemd keep what is whole, as long as the cache runs.
@@ -268,6 +274,9 @@ impl Daemon for Cache {
         let max_scrapes = permits(metrics::CLIENTS_MAX);
         let cache = Cache::new(settings);
         cache.keeping.begin(&cache.store, sockets.kept);
+        for (key, _) in cache.store.whole() {
+            cache.prepare_view(key);
+        }
         if cache.keeping.is_on() {
             tokio::task::spawn_local(cache.clone().keep());
         }

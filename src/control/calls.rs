@@ -50,6 +50,8 @@ pub(super) struct OpenIn {
     pub(super) parent: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) copy: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) view: Option<bool>,
 }
 
 /// The parameters of `OpenPages`.

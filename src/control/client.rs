@@ -129,11 +129,12 @@ impl Client {
         let (id, to) = (id.to_owned(), to.map(str::to_owned));
         let take = Some(reading != Reading::Look);
         let again = (reading == Reading::TakeAgain).then_some(true);
-        self.call_open(OpenIn { id, to, take, again, parent: None, copy: None }, socket).await
+        self.call_open(OpenIn { id, to, take, again, parent: None, copy: None, view: None }, socket)
+            .await
     }
 
     /// Hands over a connected socket for a restore, on which it says what becomes of it ([`HELD_BY_RESTORE`]). The snapshot
-    /// is its own from then on; `copy` is as in [`Open`](super::Open).
+    /// is its own from then on; `copy` and `view` are as in [`Open`](super::Open).
     ///
     /// [`HELD_BY_RESTORE`]: crate::criu::stream::HELD_BY_RESTORE
     pub async fn hold(
@@ -141,11 +142,19 @@ impl Client {
         id: &str,
         again: bool,
         copy: bool,
+        view: bool,
         socket: OwnedFd,
     ) -> Result<(), ClientError> {
-        let (again, copy) = (again.then_some(true), copy.then_some(true));
-        let call =
-            OpenIn { id: id.to_owned(), to: None, take: Some(true), again, parent: None, copy };
+        let [again, copy, view] = [again, copy, view].map(|asked| asked.then_some(true));
+        let call = OpenIn {
+            id: id.to_owned(),
+            to: None,
+            take: Some(true),
+            again,
+            parent: None,
+            copy,
+            view,
+        };
         self.call_open(call, socket).await
     }
 
@@ -159,7 +168,11 @@ impl Client {
     ) -> Result<(), ClientError> {
         let (id, to) = (id.to_owned(), to.map(str::to_owned));
         let parent = Some(parent.to_owned());
-        self.call_open(OpenIn { id, to, take: None, again: None, parent, copy: None }, socket).await
+        self.call_open(
+            OpenIn { id, to, take: None, again: None, parent, copy: None, view: None },
+            socket,
+        )
+        .await
     }
 
     async fn call_open(&mut self, call: OpenIn, socket: OwnedFd) -> Result<(), ClientError> {

@@ -98,6 +98,8 @@ pub struct Open {
     /// Whether it may be read while another restore has it, or after another has taken it: both processes are to run
     /// (cache only).
     pub copy: bool,
+    /// Whether the restore will be one from a view (cache only).
+    pub view: bool,
     /// Whether the socket listens, for any number of CRIU runs, or is one connection.
     pub listening: bool,
 }

@@ -241,7 +241,7 @@ async fn answer(
 }
 
 fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Result<(), Failure> {
-    let OpenIn { id, to, take, again, parent, copy } = call;
+    let OpenIn { id, to, take, again, parent, copy, view } = call;
     must_be_id(&id)?;
     parent.as_deref().map_or(Ok(()), must_be_id)?;
     let (socket, listening) = stream_socket(descriptors, &[AddressFamily::UNIX])?;
@@ -250,8 +250,8 @@ fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Resu
         (true, false) => Reading::Take,
         (true, true) => Reading::TakeAgain,
     };
-    let copy = copy.unwrap_or(false);
-    let request = Open { id: id.clone(), to, parent, reading, copy, listening };
+    let (copy, view) = (copy.unwrap_or(false), view.unwrap_or(false));
+    let request = Open { id: id.clone(), to, parent, reading, copy, view, listening };
     backend.open(request, socket).map_err(|refusal| refused(refusal, &id))
 }
 

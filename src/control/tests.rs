@@ -175,16 +175,22 @@ fn a_socket_is_handed_over() {
         let listener =
             std::os::unix::net::UnixListener::bind(dir.path().join("streamer-serve.sock")).unwrap();
         client.open("db", None, Reading::Take, listener.into()).await.unwrap();
+        let (ours, _theirs) = StdStream::pair().unwrap();
+        client.hold("kv", true, true, true, ours.into()).await.unwrap();
         let open = |id: &str, to: Option<&str>, reading, listening| Open {
             id: id.to_owned(),
             parent: None,
             to: to.map(str::to_owned),
             reading,
             copy: false,
+            view: false,
             listening,
         };
-        let expected =
-            [open("web", Some("b:1"), Reading::Look, false), open("db", None, Reading::Take, true)];
+        let expected = [
+            open("web", Some("b:1"), Reading::Look, false),
+            open("db", None, Reading::Take, true),
+            Open { copy: true, view: true, ..open("kv", None, Reading::TakeAgain, false) },
+        ];
         assert_eq!(*fake.opened.borrow(), expected);
     });
 }

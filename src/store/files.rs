@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::image::Image;
 use super::quota::Exhausted;
@@ -42,15 +43,32 @@ impl Store {
     ///
     /// Pages that came in several rounds are copied together for it, once: from then on the snapshot has
     /// them there, and what nobody else sees in their layers is given back. While they are copied, both are
-    /// held and charged for. Other tasks have their turn all the while.
+    /// held and charged for. Other tasks have their turn all the while; one that asks for the same waits.
     pub async fn files(&self, key: Key) -> Result<Rc<Images>, NoFiles> {
+        let patience = self.settings.borrow().quota_wait;
+        self.bring_together(key, patience).await
+    }
+
+    /// Brings pages together before anybody asks, if a restore from a view is to come: so it need not wait for it. Without room for
+    /// it nothing is done; whoever asks will wait for room.
+    pub async fn prepare_view(&self, key: Key) {
+        let awaited = |snapshot: &Snapshot| snapshot.needs_view.is_some() || snapshot.view_awaited;
+        if self.look(key, awaited) == Some(true) {
+            let _ = self.bring_together(key, Duration::ZERO).await;
+        }
+    }
+
+    async fn bring_together(&self, key: Key, patience: Duration) -> Result<Rc<Images>, NoFiles> {
+        let turn = self.look(key, |snapshot| snapshot.view_turn.clone());
+        let turn = turn.ok_or(NoFiles::NotWhole)?;
+        let _turn = turn.lock().await;
         let held = self.held_images(key)?;
         let apart = held.values().filter(|image| image.as_file().is_none());
         let apart: Vec<Rc<Image>> = apart.cloned().collect();
         // Each is let go as soon as there is another in its place.
         drop(held);
         for image in apart {
-            let together = self.brought_together(&image).await?;
+            let together = self.brought_together(&image, patience).await?;
             self.update(key, |snapshot| snapshot.replace(&image, together));
         }
         self.held_images(key)
@@ -64,9 +82,8 @@ impl Store {
         images.flatten().ok_or(NoFiles::NotWhole)
     }
 
-    async fn brought_together(&self, image: &Image) -> Result<Image, NoFiles> {
+    async fn brought_together(&self, image: &Image, patience: Duration) -> Result<Image, NoFiles> {
         let name = || image.name().to_owned();
-        let patience = self.settings.borrow().quota_wait;
         let charge = self.quota.charge(Image::needs(image.len()), || image.len(), patience).await;
         let charge = charge.map_err(|cause| NoFiles::NoRoom { name: name(), cause })?;
         let failed = |cause| NoFiles::Failed { name: name(), cause };
@@ -116,7 +133,7 @@ async fn copy(image: &Image, file: &File) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use super::super::flat_images::flat_images;
     use super::super::pages::{Flat, PAGE, PageRange, Round};
@@ -190,6 +207,21 @@ mod tests {
         assert_eq!(store.quota().used(), used);
         let again = store.files(key).await.unwrap();
         assert!(Rc::ptr_eq(&again["pages-1.img"], &files["pages-1.img"]));
+    }
+
+    #[tokio::test]
+    async fn a_view_that_is_to_come_is_prepared_and_whoever_asks_meanwhile_waits_for_it() {
+        // Room for one copy, and not for two.
+        let store = store((600 + 200 + 600 + 100) * PAGE);
+        let key = whole(&store, &two_rounds(&store));
+        store.prepare_view(key).await;
+        assert!(
+            store.held_images(key).unwrap()["pages-1.img"].as_file().is_none(),
+            "nobody will ask"
+        );
+        store.update(key, |snapshot| snapshot.needs_view = Some("rules".to_owned()));
+        let ((), files) = tokio::join!(store.prepare_view(key), store.files(key));
+        assert!(files.unwrap()["pages-1.img"].as_file().is_some());
     }
 
     #[tokio::test]

@@ -211,6 +211,11 @@ impl Store {
         self.update(key, |snapshot| snapshot.reserved = true);
     }
 
+    /// A restore from a view waits for a snapshot.
+    pub fn await_view(&self, key: Key) {
+        self.update(key, |snapshot| snapshot.view_awaited = true);
+    }
+
     /// The snapshot of that id, for somebody who looks at it.
     pub fn key_of(&self, id: &str) -> Option<Key> {
         let snapshots = self.snapshots.borrow();

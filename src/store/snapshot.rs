@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Instant;
 
+use tokio::sync::Mutex;
+
 use super::Key;
 use super::flatten::Flattened;
 use super::image::Image;
@@ -92,6 +94,10 @@ pub struct Snapshot {
     pub ended_ms: u64,
     /// Why it has to be restored from a view, once it is whole; `None` if the stream will do.
     pub needs_view: Option<String>,
+    /// Whether a restore from a view waits for it.
+    pub view_awaited: bool,
+    /// Held by who brings its pages together for a view.
+    pub(super) view_turn: Rc<Mutex<()>>,
     /// How many restores are bound to it now.
     pub restores: usize,
     /// Whether it is kept for restores that ask for it by name.
@@ -115,6 +121,8 @@ impl Snapshot {
             begun_ms: now_ms(),
             ended_ms: 0,
             needs_view: None,
+            view_awaited: false,
+            view_turn: Rc::default(),
             restores: 0,
             reserved: false,
             timeline,
@@ -126,6 +134,7 @@ impl Snapshot {
     /// [`State::Paged`]. Its pages stay if they were to be joined by images.
     pub(super) fn begin(&mut self, sender: &Sender, state: State) {
         let (restores, reserved) = (self.restores, self.reserved);
+        let view_awaited = self.view_awaited;
         let receives = matches!(state, State::Receiving(_));
         let mut begun = Snapshot::new(&self.id, sender, state);
         if matches!(self.state, State::Paged) {
@@ -136,7 +145,7 @@ impl Snapshot {
                 begun.timeline.begin(PhaseName::Arrival);
             }
         }
-        *self = Snapshot { restores, reserved, ..begun };
+        *self = Snapshot { restores, reserved, view_awaited, ..begun };
     }
 
     /// Cannot be completed: becomes damaged, and gives its bytes back. What pages it had before its images

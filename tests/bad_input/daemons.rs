@@ -226,6 +226,14 @@ impl Daemon {
         memfds.values().sum()
     }
 
+    /// Whether it has a memfd of that name: that of an image.
+    pub(crate) fn has_memfd(&self, name: &str) -> bool {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let named = format!("/memfd:{name} ");
+        let is_it = |to: PathBuf| to.to_string_lossy().starts_with(&named);
+        open.flatten().any(|descriptor| fs::read_link(descriptor.path()).is_ok_and(is_it))
+    }
+
     /// How many descriptors it has open.
     pub(crate) fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
@@ -360,7 +368,7 @@ impl Daemon {
         copy: bool,
     ) -> Result<UnixStream, ClientError> {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        self.control(async |client| client.hold(id, again, copy, theirs.into()).await)?;
+        self.control(async |client| client.hold(id, again, copy, false, theirs.into()).await)?;
         Ok(ours)
     }
 

@@ -23,3 +23,4 @@ mod chain;
 mod cuts;
 mod memory;
 mod order;
+mod views;

@@ -34,6 +34,7 @@ pub(super) struct Held {
     id: String,
     again: bool,
     copy: bool,
+    view: bool,
     session: Session,
 }
 
@@ -48,9 +49,10 @@ impl Held {
                 Err(error) => return Err(error.into()),
             }
         }
-        let session = claim(&mut client, &args.snapshot, args.again, args.copy).await?;
+        let Restore { again, copy, view, .. } = *args;
+        let session = claim(&mut client, &args.snapshot, again, copy, view).await?;
         let (cache, id) = (cache.to_owned(), args.snapshot.clone());
-        Ok(Held { cache, id, again: args.again, copy: args.copy, session })
+        Ok(Held { cache, id, again, copy, view, session })
     }
 
     /// Has the cache keep all of the snapshot, which is whole, until this ends, also if it is dropped.
@@ -120,7 +122,7 @@ impl Held {
         if now.state == SnapshotState::Taken && !self.again && !self.copy {
             return Ok(true);
         }
-        self.session = claim(&mut client, &self.id, self.again, self.copy).await?;
+        self.session = claim(&mut client, &self.id, self.again, self.copy, self.view).await?;
         self.session.ask(HELD_BY_RESTORE).map_err(|error| self.lost(&error))?;
         Ok(false)
     }
@@ -135,10 +137,16 @@ impl Held {
     }
 }
 
-async fn claim(client: &mut Client, id: &str, again: bool, copy: bool) -> Result<Session, Failure> {
+async fn claim(
+    client: &mut Client,
+    id: &str,
+    again: bool,
+    copy: bool,
+    view: bool,
+) -> Result<Session, Failure> {
     let (session, theirs) = Session::new()
         .map_err(|error| Failure::failed(format!("a socket cannot be made: {error}")))?;
-    match client.hold(id, again, copy, theirs).await {
+    match client.hold(id, again, copy, view, theirs).await {
         Ok(()) => Ok(session),
         Err(ClientError::NoSuchSnapshot(id)) => Err(gone(&id)),
         Err(error) => Err(error.into()),
