@@ -56,9 +56,12 @@ impl<'a> Iterator for Fields<'a> {
     }
 }
 
+/// A field's number, its value and its contents.
+type Taken<'a> = (u32, Option<u64>, Option<&'a [u8]>);
+
 /// Takes a field off the front: its number, its value if it is a varint, and its bytes if it has a length.
 /// Groups are not taken: CRIU has never used any.
-fn take_field<'a>(message: &mut &'a [u8]) -> Option<(u32, Option<u64>, Option<&'a [u8]>)> {
+fn take_field<'a>(message: &mut &'a [u8]) -> Option<Taken<'a>> {
     let key = take_varint(message)?;
     let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
     let (kind, len) = match key & 7 {

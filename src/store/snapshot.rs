@@ -133,8 +133,7 @@ impl Snapshot {
     /// Begins to come, or to come again: as `state` says, which is [`State::Receiving`] or
     /// [`State::Paged`]. Its pages stay if they were to be joined by images.
     pub(super) fn begin(&mut self, sender: &Sender, state: State) {
-        let (restores, reserved) = (self.restores, self.reserved);
-        let view_awaited = self.view_awaited;
+        let Snapshot { view_awaited, restores, reserved, .. } = *self;
         let receives = matches!(state, State::Receiving(_));
         let mut begun = Snapshot::new(&self.id, sender, state);
         if matches!(self.state, State::Paged) {
@@ -145,7 +144,7 @@ impl Snapshot {
                 begun.timeline.begin(PhaseName::Arrival);
             }
         }
-        *self = Snapshot { restores, reserved, view_awaited, ..begun };
+        *self = Snapshot { view_awaited, restores, reserved, ..begun };
     }
 
     /// Cannot be completed: becomes damaged, and gives its bytes back. What pages it had before its images

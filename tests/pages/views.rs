@@ -28,7 +28,9 @@ fn send(bench: &Bench, id: &str, images: &[(&str, &[u8])]) {
 
     let mut dump = Criu::in_dir_of(id, &bench.proxy);
     dump.write("core-7.img", RECORDS);
-    images.iter().for_each(|(name, bytes)| dump.write(name, bytes));
+    for (name, bytes) in images {
+        dump.write(name, bytes);
+    }
     dump.complete();
     bench.cache.assert_state(id, SnapshotState::Whole);
 }
