@@ -7,9 +7,9 @@ use super::snapshot::Images;
 use crate::criu::pipes::{Decides, NeedsFile, mappings_need_file};
 
 /// So many bytes of images are looked into, of a snapshot in all: it happens at once, when the snapshot becomes whole, and this
-/// takes some milliseconds. It is enough for a hundred thousand mappings. Of what has more it is not known what it needs, and a view
+/// takes some milliseconds. It is enough for forty thousand mappings. Of what has more it is not known what it needs, and a view
 /// serves it in any case.
-const LOOKED_INTO: u64 = 4 << 20;
+const LOOKED_INTO: u64 = 2 << 20;
 
 /// Why a snapshot has to be restored from a view: the first image that CRIU would not get right through a pipe, and what is the matter
 /// with it.
@@ -66,7 +66,7 @@ mod tests {
     #[test]
     fn what_takes_too_long_to_look_into_needs_a_view() {
         // A vma_entry without anything.
-        let record = [14 << 3 | 2, 0].repeat(1 << 20);
+        let record = [14 << 3 | 2, 0].repeat(1 << 19);
         let len = u32::try_from(record.len()).unwrap().to_le_bytes();
         let mm = [&NO_MAPPINGS[..8], &len, &record].concat();
         assert_eq!(why(&images(&[("mm-7.img", &mm)])), None);
