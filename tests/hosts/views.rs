@@ -49,7 +49,7 @@ fn migrate(bed: &Bed, pid: &str, criu: &str, options: &[&str]) {
     assert_eq!(migrated["outcome"], "migrated");
 }
 
-/// Puts a CRIU into both hosts that can dump TCP sockets under this kernel, whichever it is: since Linux 6.16 they have no SO_PASSCRED,
+/// Puts a CRIU into both hosts that can dump TCP sockets under this kernel, whichever it is: since Linux 6.16 they have no `SO_PASSCRED`,
 /// which CRIU 4.1 asks for.
 fn newer_criu(bed: &Bed) -> &'static str {
     let tree = std::process::Command::new(repository().join("tests/bed/criu42")).output().unwrap();
