@@ -274,7 +274,7 @@ impl Daemon for Cache {
         let max_scrapes = permits(metrics::CLIENTS_MAX);
         let cache = Cache::new(settings);
         cache.keeping.begin(&cache.store, sockets.kept);
-        for (key, _) in cache.store.whole() {
+        for (key, ..) in cache.store.restorable() {
             cache.prepare_view(key);
         }
         if cache.keeping.is_on() {
