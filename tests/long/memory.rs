@@ -191,7 +191,9 @@ fn prepare(options: &Options) -> Bed {
         let made = Command::new(script).output().unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let tree = PathBuf::from(String::from_utf8(made.stdout).unwrap().trim());
-        BOTH.iter().for_each(|host| bed.copy(*host, &tree, "/"));
+        for host in BOTH {
+            bed.copy(host, &tree, "/");
+        }
     }
     peers::prepare(&bed, &options.ways);
     // The link comes up with the first snapshot, and stays.

@@ -1,7 +1,7 @@
 //! How others move the same process: the same recipe, and the same question to the restored process.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use crate::Way;
@@ -23,11 +23,15 @@ pub(crate) fn prepare(bed: &Bed, ways: &[Way]) {
     let made = Command::new(script).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let netcat = PathBuf::from(String::from_utf8(made.stdout).unwrap().trim());
-    BOTH.iter().for_each(|host| bed.copy(*host, &netcat, "/opt/netcat"));
+    for host in BOTH {
+        bed.copy(host, &netcat, "/opt/netcat");
+    }
     if ways.contains(&Way::Streamer) {
         let streamer = std::env::var("CRIU_IMAGE_STREAMER")
             .expect("CRIU_IMAGE_STREAMER has to say where the program criu-image-streamer is");
-        BOTH.iter().for_each(|host| bed.copy(*host, Path::new(&streamer), "/usr/local/bin/"));
+        for host in BOTH {
+            bed.copy(host, Path::new(&streamer), "/usr/local/bin/");
+        }
     }
 }
 
@@ -60,14 +64,25 @@ fn streamer(bed: &Bed, pid: &str, disturbed: &Disturbed) -> Result<Duration, Str
         bed.run(Host::A, &["test", "-S", &socket("capture")]).status.success()
     });
     let reader = bed.ok(Host::A, &["pgrep", "-f", "nc.openbsd -N"]);
-    let took = disturbed.dump(bed, &Bed::dump(pid, IMAGES), Some((Host::A, reader.trim())))?;
+    let dumped = disturbed.dump(bed, &Bed::dump(pid, IMAGES), Some((Host::A, reader.trim())));
     // It listens when it has everything.
     let wait = format!("until [ -S {} ]; do sleep 0.01; done; exec ", socket("serve"));
     let restore = wait + &Bed::restore(IMAGES).join(" ");
-    succeeded(bed, Host::B, &["timeout", "60", "sh", "-c", &restore])?;
-    bed::finish(capture);
-    bed::finish(serve);
-    Ok(took)
+    let restore = || succeeded(bed, Host::B, &["timeout", "60", "sh", "-c", &restore]);
+    let moved = dumped.and_then(|took| restore().map(|()| took));
+    end(capture, moved.is_ok());
+    end(serve, moved.is_ok());
+    moved
+}
+
+/// What was started for one migration ends with it.
+fn end(mut child: Child, well: bool) {
+    if well {
+        bed::finish(child);
+    } else {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
 }
 
 fn page_server(bed: &Bed, pid: &str, disturbed: &Disturbed) -> Result<Duration, String> {
@@ -79,10 +94,9 @@ fn page_server(bed: &Bed, pid: &str, disturbed: &Disturbed) -> Result<Duration, 
     let reader = bed.ok(Host::B, &["pgrep", "-x", "criu"]);
     let dump = ["criu", "dump", "-t", pid, "-D", IMAGES, "-o", "dump.log", "--page-server"];
     let dump = [&dump[..], &["--address", "host-b", "--port", PAGES_PORT]].concat();
-    let took = disturbed.dump(bed, &dump, Some((Host::B, reader.trim())))?;
-    bed::finish(server);
-    restore_files(bed)?;
-    Ok(took)
+    let dumped = disturbed.dump(bed, &dump, Some((Host::B, reader.trim())));
+    end(server, dumped.is_ok());
+    dumped.and_then(|took| restore_files(bed).map(|()| took))
 }
 
 /// A copy of the images is made when CRIU has ended: nobody reads memory meanwhile who could be stopped.
