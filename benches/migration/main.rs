@@ -10,11 +10,12 @@
 //! - floor: `criu dump` to tmpfs and `criu restore` from tmpfs, on one host, no network at all;
 //! - hook: `criu dump --stream` with the action script `criu-imagectl` on one host, then `criu restore --stream` on the
 //!   other;
-//! - plain: the same without the script;
-//! - waiting: the same as plain, but the restore is started first and waits at the cache for its snapshot.
+//! - plain: the same without the script. A machine that is too busy to copy the pages in time makes the snapshot one whose
+//!   memory may have changed, whose restore is refused, and the benchmark ends: measure on a quiet one;
+//! - waiting: the same as hook, but the restore is started first and waits at the cache for its snapshot.
 //!
-//! With `--peers` also what others do between the same two CRIUs ([`peers`]). With `--against DIR` also plain and waiting, on two
-//! more hosts, with the binaries of another build: `target/release` of a checkout of the release before.
+//! With `--peers` also what others do between the same two CRIUs ([`peers`]). With `--against DIR` also plain and waiting without the
+//! script, on two more hosts, with the binaries of another build: `target/release` of a checkout of the release before.
 //!
 //! The measure is from the start of the dump until the process runs again. Machines are noisy: read
 //! the medians and their ratio, not the single figures.
@@ -32,7 +33,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bed::{BOTH, Bed, Host};
-use ways::{FLOOR, RELAY, Run, Way};
+use ways::{FLOOR, OTHER, RELAY, Run, Way};
 
 /// A way, and the hosts on which it is taken.
 struct Column<'a> {
@@ -55,7 +56,7 @@ fn main() {
     add(&bed, "", &[FLOOR]);
     add(&bed, "", &RELAY);
     if let Some(other) = &other {
-        add(other, ", other", &RELAY[1..]);
+        add(other, ", other", &OTHER);
     }
     if with_peers {
         peers::prepare(&bed);

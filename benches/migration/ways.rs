@@ -26,6 +26,9 @@ pub(crate) const FLOOR: Way = ("floor", floor);
 /// The relay.
 pub(crate) const RELAY: [Way; 3] = [("hook", hook), ("plain", plain), ("waiting", waiting)];
 
+/// The relay of a release that need not know the hook.
+pub(crate) const OTHER: [Way; 2] = [("plain", plain), ("waiting", waiting_plain)];
+
 /// What makes CRIU wait until the cache has acknowledged everything.
 const HOOK: [&str; 2] = ["--action-script", "criu-imagectl"];
 
@@ -59,6 +62,10 @@ fn plain(bed: &Bed, name: &str, mib: u32) -> Run {
 }
 
 fn waiting(bed: &Bed, name: &str, mib: u32) -> Run {
+    relay(bed, name, mib, &HOOK, true)
+}
+
+fn waiting_plain(bed: &Bed, name: &str, mib: u32) -> Run {
     relay(bed, name, mib, &[], true)
 }
 
