@@ -10,11 +10,12 @@ use tracing::Instrument;
 
 use crate::config::CacheSettings;
 use crate::daemon::journal;
+use crate::daemon::local_peers::{NotAdmitted, admit_stream};
 use crate::daemon::outages::Outages;
 use crate::metrics::refusals::Reason;
 use crate::store::Sender;
 use crate::sys::clock::host_name;
-use crate::sys::connected::{Peer, Stream};
+use crate::sys::connected::Stream;
 use crate::wire::frame::BadFrame;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
 use crate::wire::message::{Message, Welcome};
@@ -50,7 +51,7 @@ pub(super) enum Over {
     Refused(Reason, String),
     /// The peer may not connect.
     #[error("{0}")]
-    NotAllowed(String),
+    NotAllowed(#[from] NotAdmitted),
 }
 
 impl Over {
@@ -66,7 +67,7 @@ impl Over {
     fn reason(&self) -> Reason {
         match self {
             Over::Refused(reason, _) => *reason,
-            Over::NotAllowed(_) => Reason::Host,
+            Over::NotAllowed(why) => Reason::from(why),
             Over::Lane(_) | Over::Violation(_) | Over::Goodbye(_) => Reason::Protocol,
         }
     }
@@ -79,6 +80,9 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
     let span = tracing::error_span!("link", criu_peer = %address);
     async {
         let settings = cache.settings();
+        // Whoever is refused hears so after its HELLO: what lies unread when a connection is closed takes
+        // the last word with it.
+        let admitted = admit_stream(&stream, &settings.allow_uids, settings.insecure).await;
         let (mut reader, mut writer) = match lane::split(stream, PIPES, settings.link.keep_alive) {
             Ok(halves) => halves,
             Err(error) => {
@@ -90,7 +94,11 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
                 return false;
             }
         };
-        let name = match welcome(&settings, &mut reader, &mut writer, address).await {
+        let greeted = match admitted {
+            Ok(()) => welcome(&settings, &mut reader, &mut writer).await,
+            Err(why) => Err(turn_away(&mut reader, &mut writer, why).await),
+        };
+        let name = match greeted {
             Ok(name) => name,
             Err(over) => {
                 farewell(&mut writer, &over).await;
@@ -123,7 +131,6 @@ async fn welcome(
     settings: &CacheSettings,
     reader: &mut Reader,
     writer: &mut Writer,
-    address: Peer,
 ) -> Result<String, Over> {
     let limit = settings.link.hello_timeout;
     let greeting = async {
@@ -135,13 +142,6 @@ async fn welcome(
             let kind = message.kind().as_str_name();
             return Err(Over::Refused(Reason::Protocol, format!("a {kind} instead of a HELLO")));
         };
-        if !address.is_local() && !settings.insecure {
-            return Err(Over::NotAllowed(
-                "plaintext from another host; set `insecure = true` in the cache's configuration \
-                 to allow it on a network that you trust"
-                    .to_owned(),
-            ));
-        }
         let welcome = Welcome { name: host_name(), features: Vec::new() };
         writer.send(&Message::Welcome(welcome)).await.map_err(LaneError::from)?;
         Ok(printable(&hello.name))
@@ -149,6 +149,19 @@ async fn welcome(
     timeout(limit, greeting).await.unwrap_or_else(|_| {
         Err(Over::Refused(Reason::Stalled, format!("no HELLO within {limit:?}")))
     })
+}
+
+/// Waits a moment for the HELLO of a peer that may not connect, so that it hears why.
+async fn turn_away(reader: &mut Reader, writer: &mut Writer, why: NotAdmitted) -> Over {
+    let greeting = async {
+        writer.send_preface().await.map_err(LaneError::from)?;
+        reader.receive_preface().await?;
+        reader.receive().await.map(drop)
+    };
+    match timeout(FAREWELL, greeting).await {
+        Ok(Err(error)) if error.is_fault() => error.into(),
+        _ => why.into(),
+    }
 }
 
 /// A name from the network, as it may stand in a log line.

@@ -39,7 +39,6 @@ use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::accept::{Listeners, permits};
 use crate::daemon::given::GivenLink;
 use crate::daemon::handed_over::into_tokio;
-use crate::daemon::local_peers::admit_stream;
 use crate::daemon::outages::Outages;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
@@ -48,7 +47,7 @@ use crate::metrics;
 use crate::metrics::refusals::Reason;
 use crate::store::{Key, State, Store};
 use crate::sys::clock::now_ms;
-use crate::sys::connected::{self, Stream};
+use crate::sys::connected::Stream;
 
 use figures::Figures;
 use keeping::Keeping;
@@ -116,28 +115,9 @@ impl Cache {
         }
     }
 
-    /// Serves one proxy, if it may connect. TCP has no users: who is there by a tunnel's end on this machine is
-    /// the tunnel's to know.
+    /// Serves one proxy.
     async fn serve_link(self: Rc<Self>, stream: Stream) {
-        let admitted = match stream.peer() {
-            connected::Peer::Tcp(_) => Ok(()),
-            connected::Peer::Unix => admit_stream(&stream, &self.settings().allow_uids, false),
-        };
-        match admitted {
-            Ok(()) => {
-                let _ = link::serve(&self, stream).await;
-            }
-            Err(why) => {
-                self.figures.refusals.count(Reason::from(&why));
-                let message_id = journal::PEER_REFUSED;
-                let criu_reason = why.to_string();
-                tracing::warn!(
-                    message_id,
-                    criu_reason,
-                    "a link from a unix socket is refused: {why}"
-                );
-            }
-        }
+        let _ = link::serve(&self, stream).await;
     }
 
     /// Brings the pages of a whole snapshot together, in steps and if a restore from a view is to come.

@@ -73,7 +73,7 @@ impl From<NotGiven> for Failure {
 /// Serves one client of a socket that anybody may find, if it may connect.
 pub(super) async fn admit_and_serve(cache: Rc<Cache>, stream: Stream, whose: Whose) {
     let (settings, peer) = (cache.settings(), stream.peer());
-    match admit_stream(&stream, &settings.allow_uids, settings.insecure) {
+    match admit_stream(&stream, &settings.allow_uids, settings.insecure).await {
         Ok(()) => serve(cache, stream, whose).await,
         Err(why) => {
             cache.figures.refusals.count(Reason::from(&why));

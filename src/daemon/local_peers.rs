@@ -1,17 +1,20 @@
 //! Who is at the other end of a connection that may be TCP, and may be from this machine.
 //!
-//! TCP has no `SO_PEERCRED`. But the kernel lists both ends of a connection within a machine, each with the
-//! user whose socket it is (`/proc/net/tcp`, proc(5)). That is a link to the reader's own directory, which is
-//! there as well where all else is hidden (`ProcSubset=pid`).
+//! TCP has no `SO_PEERCRED`. But the kernel knows both ends of a connection within a machine, each with the
+//! user whose socket it is, and can be asked for one ([`sock_diag`]). Where it cannot, it lists them all
+//! (`/proc/self/net/tcp`, proc(5)), which takes milliseconds when there are many: that is read outside the event loop.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use rustix::net::getsockname;
 use rustix::net::sockopt::socket_peercred;
+use rustix::net::{getpeername, getsockname};
+use tokio::sync::Semaphore;
+use tokio::task::spawn_blocking;
 
 use super::sessions::is_admitted;
 use crate::sys::connected::{Peer, Stream, canonical};
+use crate::sys::sock_diag;
 
 /// The state of a connection that neither end has closed (`include/net/tcp_states.h`).
 const ESTABLISHED: &str = "01";
@@ -36,31 +39,83 @@ pub enum NotAdmitted {
     Io(#[from] io::Error),
 }
 
-/// Checks that a peer may connect: that it is a process of this machine, of a user who [may](is_admitted). Peers of
-/// other machines are only let in if that is `insecure`, whoever they are.
-pub fn admit_stream(stream: &Stream, allowed: &[u32], insecure: bool) -> Result<(), NotAdmitted> {
-    let uid = match stream.peer() {
-        Peer::Unix => socket_peercred(stream).map_err(io::Error::from)?.uid.as_raw(),
-        Peer::Tcp(peer) if peer.ip().is_loopback() => owner_of(stream, peer)?,
-        Peer::Tcp(_) if insecure => return Ok(()),
-        Peer::Tcp(_) => return Err(NotAdmitted::NotLocal),
-    };
-    if is_admitted(uid, allowed) { Ok(()) } else { Err(NotAdmitted::NotAllowed(uid)) }
+/// Where a peer is.
+enum Place {
+    /// A process of this machine, of this user.
+    Here(u32),
+    /// On another machine.
+    Elsewhere,
 }
 
-/// The user at the other end of a connection within this machine.
-fn owner_of(stream: &Stream, peer: SocketAddr) -> Result<u32, NotAdmitted> {
+/// Checks that a peer may connect: that it is a process of this machine, of a user who [may](is_admitted). Peers of
+/// other machines are only let in if that is `insecure`, whoever they are. A process that connects to an address that its own
+/// machine has, whichever that is, is no peer of another machine.
+pub async fn admit_stream(
+    stream: &Stream,
+    allowed: &[u32],
+    insecure: bool,
+) -> Result<(), NotAdmitted> {
+    let place = match stream.peer() {
+        Peer::Unix => Place::Here(socket_peercred(stream).map_err(io::Error::from)?.uid.as_raw()),
+        Peer::Tcp(peer) => place_of(stream, peer).await?,
+    };
+    match place {
+        Place::Here(uid) if is_admitted(uid, allowed) => Ok(()),
+        Place::Here(uid) => Err(NotAdmitted::NotAllowed(uid)),
+        Place::Elsewhere if insecure => Ok(()),
+        Place::Elsewhere => Err(NotAdmitted::NotLocal),
+    }
+}
+
+async fn place_of(stream: &Stream, peer: SocketAddr) -> Result<Place, NotAdmitted> {
     let ours = SocketAddr::try_from(getsockname(stream).map_err(io::Error::from)?);
     let ours = canonical(ours.map_err(io::Error::from)?);
-    let mut owners = ["/proc/self/net/tcp", "/proc/self/net/tcp6"].iter().filter_map(|list| {
+    let scope = match getpeername(stream).ok().flatten().map(SocketAddr::try_from) {
+        Some(Ok(SocketAddr::V6(peer))) => peer.scope_id(),
+        _ => 0,
+    };
+    let asked = sock_diag::owner(peer, ours, scope, || (ours, peer));
+    let owner = match asked {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => listed(peer, ours).await?,
+        asked => asked?,
+    };
+    if let Some(uid) = owner {
+        return Ok(Place::Here(uid));
+    }
+    // Who hides a socket from the question above, or has closed it, must not be taken for another machine.
+    let is_here = peer.ip().is_loopback()
+        || peer.ip() == ours.ip()
+        || match sock_diag::is_of_this_machine(peer.ip()) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => false,
+            is_here => is_here?,
+        };
+    if is_here { Err(NotAdmitted::Unknown) } else { Ok(Place::Elsewhere) }
+}
+
+/// So many threads read the lists at once.
+static READERS: Semaphore = Semaphore::const_new(2);
+
+/// The user of the socket between two addresses, by the lists of all of them.
+async fn listed(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>> {
+    // The semaphore is never closed.
+    let _reader = READERS.acquire().await;
+    spawn_blocking(move || read_lists(local, remote)).await.map_err(io::Error::other)?
+}
+
+fn read_lists(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u32>> {
+    for list in ["/proc/self/net/tcp", "/proc/self/net/tcp6"] {
         match std::fs::read_to_string(list) {
-            Ok(list) => owner(&list, peer, ours).map(Ok),
+            Ok(list) => {
+                if let Some(uid) = owner(&list, local, remote) {
+                    return Ok(Some(uid));
+                }
+            }
             // A kernel without IPv6.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => Some(Err(error)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
-    });
-    Ok(owners.next().ok_or(NotAdmitted::Unknown)??)
+    }
+    Ok(None)
 }
 
 /// The user of the socket between two addresses.
@@ -106,13 +161,15 @@ mod tests {
             let client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
             let (accepted, peer) = listener.accept().await.unwrap();
             let accepted = Stream::from_tcp(accepted, peer).unwrap();
-            admit_stream(&accepted, &[], false).unwrap();
+            admit_stream(&accepted, &[], false).await.unwrap();
+            let listed = listed(client.local_addr().unwrap(), client.peer_addr().unwrap()).await;
+            assert_eq!(listed.unwrap(), Some(rustix::process::getuid().as_raw()));
             drop(client);
-            let refused = admit_stream(&accepted, &[], false).unwrap_err().to_string();
+            let refused = admit_stream(&accepted, &[], false).await.unwrap_err().to_string();
             assert_eq!(refused, "its user is not known", "what nobody holds any more is nobody's");
         }
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        admit_stream(&Stream::from_unix(ours), &[], false).unwrap();
+        admit_stream(&Stream::from_unix(ours), &[], false).await.unwrap();
     }
 
     #[test]

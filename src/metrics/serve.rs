@@ -27,7 +27,7 @@ pub trait Figures {
     fn page(&self) -> Page;
 
     /// Whether a client may have them.
-    fn admit(&self, client: &Stream) -> Result<(), NotAdmitted>;
+    fn admit(&self, client: &Stream) -> impl Future<Output = Result<(), NotAdmitted>>;
 
     /// Where refused clients are counted.
     fn refusals(&self) -> &Refusals;
@@ -36,7 +36,7 @@ pub trait Figures {
 /// Serves one client: one request, one answer. What it does wrong ends its connection and nothing else.
 pub async fn serve(figures: Rc<impl Figures>, stream: Stream) {
     let peer = stream.peer();
-    if let Err(why) = figures.admit(&stream) {
+    if let Err(why) = figures.admit(&stream).await {
         let why_not = match why {
             NotAdmitted::NotAllowed(_) => format!("{why}, nor in metrics.allow-uids"),
             _ => why.to_string(),

@@ -48,10 +48,10 @@ impl metrics::Figures for Proxy {
         page
     }
 
-    fn admit(&self, client: &Stream) -> Result<(), NotAdmitted> {
+    async fn admit(&self, client: &Stream) -> Result<(), NotAdmitted> {
         let settings = self.settings();
         let allowed = [&settings.allow_uids[..], &settings.metrics.allow_uids].concat();
-        admit_stream(client, &allowed, settings.insecure)
+        admit_stream(client, &allowed, settings.insecure).await
     }
 
     fn refusals(&self) -> &Refusals {

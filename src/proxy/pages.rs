@@ -72,7 +72,7 @@ pub(super) async fn serve_shared(proxy: Rc<Proxy>, stream: Stream) {
 /// Serves one connection of a socket that anybody may find, if its client may connect.
 async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
     let (settings, peer) = (proxy.settings(), stream.peer());
-    match admit_stream(&stream, &settings.allow_uids, settings.insecure) {
+    match admit_stream(&stream, &settings.allow_uids, settings.insecure).await {
         Ok(()) => serve(proxy, stream, target).await,
         Err(why) => {
             proxy.figures.refusals.count(Reason::from(&why));

@@ -1,5 +1,5 @@
 //! The system calls: pipes and splice, memfds, connected sockets, descriptors that come over unix sockets or
-//! from the parent, the clock.
+//! from the parent, the clock, and whose the other end of a TCP connection is.
 //!
 //! Everything here goes through rustix's safe wrappers but one thing, which no safe call can do: to
 //! take a descriptor that is named by its number (`inherited`). These functions decide nothing; the
@@ -13,4 +13,5 @@ pub mod memfd;
 pub mod pipe;
 pub mod pump;
 pub mod scm;
+pub mod sock_diag;
 pub mod unix;

@@ -28,6 +28,7 @@ mod figures;
 mod instances;
 mod journal;
 mod limits;
+mod local_users;
 mod migration;
 mod one_command;
 mod page_server;

@@ -1,0 +1,55 @@
+//! Users of the cache's own machine at its link, by whichever of its addresses.
+
+use crate::bed::{Bed, Host, wait_until};
+
+/// Introduces itself to a cache at an address, and prints what comes back.
+const SPEAK: &str = "import socket, struct, sys
+link = socket.socket(socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET)
+link.settimeout(5)
+if len(sys.argv) > 2:
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, sys.argv[2].encode())
+link.connect((sys.argv[1], 9996))
+# The preface, and a HELLO.
+link.sendall(b'CRIURLAY\\x01\\0\\0\\0' + struct.pack('<HHI', 1, 3, 0) + b'\\x0a\\x01x')
+stream = link.makefile('rb')
+stream.read(12)
+kind, length, _ = struct.unpack('<HHI', stream.read(8))
+print(kind, stream.read(length))
+";
+const WELCOME: &str = "2 ";
+const GOODBYE: &str = "3 ";
+
+fn speak(bed: &Bed, uid: &str, to: &[&str]) -> String {
+    let user = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"];
+    bed.ok(Host::B, &[&user[..], &["python3", "-c", SPEAK], to].concat())
+}
+
+#[test]
+fn another_user_of_the_caches_host_has_no_link_by_any_of_its_addresses() {
+    let bed = Bed::up();
+    for insecure in ["false", "true"] {
+        bed.configure(Host::B, "insecure", insecure);
+        bed.ok(Host::B, &["systemctl", "reload", "criu-image-cache"]);
+        for address in ["127.0.0.1", "127.0.0.7", "::1", "10.77.0.2"] {
+            let told = speak(&bed, "65534", &[address]);
+            let why = "its uid, 65534, is not in allow-uids";
+            assert!(told.starts_with(GOODBYE) && told.contains(why), "{address}: {told}");
+            let told = speak(&bed, "0", &[address]);
+            assert!(told.starts_with(WELCOME), "{address}: {told}");
+        }
+        // One that hides its socket from the question by an interface is not from elsewhere either.
+        let told = speak(&bed, "65534", &["10.77.0.2", "lo"]);
+        assert!(told.starts_with(GOODBYE), "{told}");
+    }
+    assert!(bed.list(Host::B).is_empty());
+    wait_until("the refusals are in the journal", || {
+        let refused = bed.journal(Host::B, &["-u", "criu-image-cache", "PRIORITY=4"]);
+        let why = "is refused: its uid, 65534, is not in allow-uids";
+        refused.iter().filter(|e| e["MESSAGE"].as_str().unwrap().contains(why)).count() == 8
+    });
+    bed.configure(Host::B, "allow-uids", "[65534]");
+    bed.ok(Host::B, &["systemctl", "reload", "criu-image-cache"]);
+    assert!(speak(&bed, "65534", &["127.0.0.1"]).starts_with(WELCOME));
+    let put = ["criu-imagectl", "put", "--list", "--finish", "web", "/etc/hostname"];
+    bed.ok(Host::A, &put);
+}
