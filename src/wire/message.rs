@@ -11,6 +11,7 @@ pub use super::generated::{
 };
 
 use super::frame::{Header, PAYLOAD_MAX};
+use super::narrow::too_wide;
 use crate::criu::names::cut;
 
 /// No region that is asked for is longer than this, in bytes: who asks holds it in memory.
@@ -60,6 +61,9 @@ pub enum BadMessage {
     /// The bytes are not that message.
     #[error("a {0} that does not decode: {1}")]
     Torn(&'static str, String),
+    /// A number that has no place in its field.
+    #[error("a {0} whose field {1} has more than 32 bits")]
+    TooWide(&'static str, u32),
     /// The payload is not one that this kind may have.
     #[error("a {0} with a payload of {1} bytes")]
     Payload(&'static str, usize),
@@ -161,6 +165,9 @@ impl Message {
             .ok_or(BadMessage::UnknownKind(header.kind))?;
         if !payload_range(kind).contains(&header.payload_len) {
             return Err(BadMessage::Payload(kind.as_str_name(), header.payload_len));
+        }
+        if let Some(field) = too_wide(kind, bytes) {
+            return Err(BadMessage::TooWide(kind.as_str_name(), field));
         }
         let decoded = match kind {
             Kind::Unspecified => return Err(BadMessage::UnknownKind(header.kind)),

@@ -29,6 +29,8 @@ pub mod spaces;
 
 pub mod lane;
 
+mod narrow;
+
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
 #[rustfmt::skip]
 mod generated;
