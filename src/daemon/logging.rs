@@ -4,10 +4,12 @@ use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use tracing::Level;
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::filter::Targets;
@@ -113,10 +115,33 @@ impl LogFile {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    File::options().append(true).create(true).mode(0o600).open(path).map_err(|error| {
+    open_ours(path).map_err(|error| {
         let text = format!("cannot open the log file {}: {error}", path.display());
         io::Error::new(error.kind(), text)
     })
+}
+
+/// Opens a file that nobody else has put there: in a directory that others may write to, they could have a
+/// daemon of root's append to any file.
+fn open_ours(path: &Path) -> io::Result<File> {
+    let refused = |why| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    let flags = i32::try_from(OFlags::NOFOLLOW.bits()).map_err(io::Error::other)?;
+    let opened =
+        File::options().append(true).create(true).mode(0o600).custom_flags(flags).open(path);
+    let file = match opened {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::LOOP) => {
+            return refused("it is a symbolic link, which is not followed; name the file itself");
+        }
+        opened => opened?,
+    };
+    let (found, ours) = (file.metadata()?, rustix::process::geteuid().as_raw());
+    if found.uid() != 0 && found.uid() != ours {
+        return refused("it belongs to another user; remove it, or change its owner");
+    }
+    if found.is_file() && found.nlink() > 1 {
+        return refused("it has another name, too (a hard link); remove it");
+    }
+    Ok(file)
 }
 
 fn filter(level: Level) -> Targets {
@@ -145,4 +170,28 @@ fn journald() -> Option<tracing_journald::Layer> {
         debug: Priority::Debug,
         trace: Priority::Debug,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_log_goes_to_no_file_that_somebody_else_has_led_it_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        open(&at("log")).unwrap();
+        open(&at("log")).unwrap();
+        symlink(at("log"), at("soft")).unwrap();
+        symlink(at("missing"), at("dangling")).unwrap();
+        for link in ["soft", "dangling"] {
+            let refused = open(&at(link)).unwrap_err().to_string();
+            assert!(refused.ends_with("is not followed; name the file itself"), "{refused}");
+        }
+        assert!(!at("missing").exists());
+        std::fs::hard_link(at("log"), at("hard")).unwrap();
+        let refused = open(&at("hard")).unwrap_err().to_string();
+        assert!(refused.contains("a hard link"), "{refused}");
+    }
 }
