@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use tokio::io::Interest;
@@ -239,13 +239,30 @@ impl Reader {
     /// Moves what has come of the payload into the pipe, which is empty, so that only the socket
     /// can say "not yet".
     async fn fill_pipe(&mut self, len: usize) -> Result<usize, LaneError> {
-        let fill = self.stream.async_io(Interest::READABLE, || {
-            transfer(&*self.stream, &self.pipe.into, len.min(self.pipe.capacity()))
-        });
-        match timeout(self.patience, fill).await {
-            Err(_) => Err(LaneError::Silent(self.patience)),
-            Ok(Ok(0)) => Err(LaneError::Torn),
-            Ok(filled) => Ok(filled?),
+        let fill = || transfer(&*self.stream, &self.pipe.into, len.min(self.pipe.capacity()));
+        match self.in_time(fill).await? {
+            0 => Err(LaneError::Torn),
+            filled => Ok(filled),
+        }
+    }
+
+    /// Calls `io` until it is no longer "not yet", or the peer has been silent for too long.
+    async fn in_time<T>(&self, mut io: impl FnMut() -> io::Result<T>) -> Result<T, LaneError> {
+        loop {
+            let begun = Instant::now();
+            let done = timeout(self.patience, self.stream.async_io(Interest::READABLE, &mut io));
+            if let Ok(done) = done.await {
+                return Ok(done?);
+            }
+            // After this process itself has stood still, its timers go off before it hears what has come
+            // meanwhile, and a peer that stood still with it has to have its time anew.
+            let stood_still = begun.elapsed() > self.patience + self.patience / SILENT_INTERVALS;
+            let look = timeout(LOOK, self.stream.async_io(Interest::READABLE, &mut io));
+            match look.await {
+                Ok(done) => return Ok(done?),
+                Err(_) if stood_still => {}
+                Err(_) => return Err(LaneError::Silent(self.patience)),
+            }
         }
     }
 
@@ -258,16 +275,46 @@ impl Reader {
         let mut filled = 0;
         while filled < bytes.len() {
             let rest = &mut bytes[filled..];
-            let receive = self.stream.async_io(Interest::READABLE, || {
-                Ok(recv(&*self.stream, &mut *rest, RecvFlags::DONTWAIT)?.0)
-            });
-            match timeout(self.patience, receive).await {
-                Err(_) => return Err(LaneError::Silent(self.patience)),
-                Ok(Ok(0)) => return Err(at_end),
-                Ok(received) => filled += received?,
+            let receive = || Ok(recv(&*self.stream, &mut *rest, RecvFlags::DONTWAIT)?.0);
+            match self.in_time(receive).await? {
+                0 => return Err(at_end),
+                received => filled += received,
             }
             at_end = LaneError::Torn;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::process::Command;
+
+    fn reader(keep_alive: Duration) -> (Reader, OwnedFd) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let ours = Stream::from_unix(tokio::net::UnixStream::from_std(ours).unwrap());
+        let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing: DEFAULT_CAPACITY };
+        (split(ours, pipes, keep_alive).unwrap().0, theirs.into())
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_came_while_this_side_stood_still_is_no_silence() {
+        let (mut reader, theirs) = reader(Duration::from_millis(100));
+        // Says something to a process that is stopped for longer than it is patient.
+        let script = r"kill -STOP $PPID; sleep 0.5; printf '\4\0\0\0\0\0\0\0'; kill -CONT $PPID";
+        let mut peer = Command::new("sh").args(["-c", script]).stdout(theirs).spawn().unwrap();
+        let received = reader.receive().await;
+        assert!(matches!(received, Ok((Message::KeepAlive(_), 0))), "{received:?}");
+        assert!(peer.wait().unwrap().success());
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn silence_ends_a_lane() {
+        let (mut reader, _theirs) = reader(Duration::from_millis(10));
+        assert!(matches!(reader.receive().await, Err(LaneError::Silent(_))));
     }
 }
