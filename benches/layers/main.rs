@@ -2,7 +2,12 @@
 //!
 //! ```text
 //! cargo bench --bench layers [-- --mib 256 --rounds 50]
+//! cargo bench --bench layers -- --cut 1024
 //! ```
+//!
+//! With `--cut` every second page of a parent is dirtied, for parents of 64 MiB, 128 MiB and so on up to so many:
+//! the worst that a round can do to its parent's runs. What a run costs may not grow with the parent.
+//! Otherwise:
 //!
 //! The first round brings all memory. Each later one dirties 5 % of it in random runs of 1 to 64 pages and
 //! inherits the rest, as CRIU does; its parent is dropped when it is committed. The whole is done once
@@ -28,7 +33,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use criu_image_relay::store::pages::{Flat, PAGE, PageRange, Round};
+use criu_image_relay::store::pages::{Flat, PAGE, PageRange, Place, Round};
 use criu_image_relay::store::{Charge, Quota};
 
 /// The one page space.
@@ -37,6 +42,10 @@ const SPACE: u64 = 7;
 fn main() {
     let pages = option("--mib", 256) * 256;
     let rounds = option("--rounds", 50);
+    let cut = option("--cut", 0);
+    if cut > 0 {
+        return cut_in_two(cut);
+    }
     for keep in [false, true] {
         let parents = if keep { "kept" } else { "dropped" };
         println!("{pages} pages, 5 % dirtied in each round; parents are {parents}");
@@ -80,8 +89,7 @@ fn chain(pages: u64, rounds: u64, keep: bool) {
         }
         let index = begun.elapsed();
         for place in places {
-            let bytes = vec![1; usize::try_from(place.bytes()).unwrap()];
-            place.layer().file().write_all_at(&bytes, place.offset()).unwrap();
+            write(&place);
             round.filled(place);
         }
 
@@ -115,6 +123,71 @@ fn chain(pages: u64, rounds: u64, keep: bool) {
     println!("everything dropped in {:.1} us", micros(begun.elapsed()));
     tell_growth(&costs);
     assert_eq!(quota.used(), 0);
+}
+
+/// Every second page of one big run is dirtied, for runs of up to so many MiB.
+fn cut_in_two(most: u64) {
+    println!("every second page is dirtied; the parent is dropped");
+    println!(
+        "{:>5} {:>9} {:>11} {:>11} {:>9}",
+        "MiB", "runs", "index ms", "release ms", "us a run"
+    );
+    let sizes = std::iter::successors(Some(64), |mib| Some(mib * 2));
+    for mib in sizes.take_while(|mib| *mib <= most) {
+        // The least of three: what else the machine does costs more, never less.
+        let costs = (0..3).map(|_| cut_one_in_two(mib * 256));
+        let (index, release) = costs.min_by_key(|(index, release)| *index + *release).unwrap();
+        let runs = mib * 256;
+        println!(
+            "{mib:>5} {runs:>9} {:>11.1} {:>11.1} {:>9.2}",
+            micros(index) / 1e3,
+            micros(release) / 1e3,
+            micros(index + release) / f64::from(u32::try_from(runs).unwrap())
+        );
+    }
+}
+
+/// How long it takes to make the round, and to drop its parent.
+fn cut_one_in_two(pages: u64) -> (Duration, Duration) {
+    let quota = Quota::new(u64::MAX);
+    let all = PageRange::new(0, pages).unwrap();
+    let mut round = Round::new(None);
+    let place = round.accept(&SPACE, all, 0, charge(&quota, all.bytes())).unwrap();
+    write(&place);
+    round.filled(place);
+    let parent = round.commit().unwrap();
+
+    let mut index = Duration::ZERO;
+    let mut round = Round::new(Some(parent.clone()));
+    for page in (0..pages).step_by(2) {
+        let dirty = PageRange::new(page * PAGE, 1).unwrap();
+        let clean = PageRange::new((page + 1) * PAGE, 1).unwrap();
+        let charge = charge(&quota, dirty.bytes());
+        let begun = Instant::now();
+        let place = round.accept(&SPACE, dirty, 0, charge).unwrap();
+        round.inherit(&SPACE, clean).unwrap();
+        index += begun.elapsed();
+        write(&place);
+        round.filled(place);
+    }
+    let begun = Instant::now();
+    let flat = round.commit().unwrap();
+    index += begun.elapsed();
+    let begun = Instant::now();
+    drop(parent);
+    let release = begun.elapsed();
+    assert_eq!(flat.pages(), pages);
+    (index, release)
+}
+
+fn write(place: &Place) {
+    let bytes = vec![1; 1 << 20];
+    let (mut offset, end) = (place.offset(), place.offset() + place.bytes());
+    while offset < end {
+        let piece = bytes.len().min(usize::try_from(end - offset).unwrap());
+        place.layer().file().write_all_at(&bytes[..piece], offset).unwrap();
+        offset += piece as u64;
+    }
 }
 
 /// What a round cost.

@@ -122,7 +122,7 @@ impl Index {
 
     /// Adds all pages of a range that is [free](Self::free).
     pub(super) fn put(&mut self, range: PageRange, pages: Index) {
-        let (before, after) = self.0.split(range.start);
+        let (before, after) = (self.0.until(range.start), self.0.from(range.start));
         self.0 = Tree::concat(Tree::concat(before, pages.0), after);
     }
 

@@ -72,7 +72,9 @@ impl Layer {
         quota: &Quota,
     ) -> Option<Run> {
         let end = offset.checked_add(range.pages()).filter(|end| *end <= self.end.get())?;
-        let more = quota.charge_held(self.seen.borrow().unseen(offset..end) * PAGE);
+        let unseen =
+            self.seen.borrow().unseen(offset..end).map(|part| part.end - part.start).sum::<u64>();
+        let more = quota.charge_held(unseen * PAGE);
         self.join_charge(more);
         Some(Run::new(self, range, offset, 0))
     }

@@ -21,12 +21,12 @@
 //!   fail, and a copy of the whole map whenever a parent is kept. What a round costs grows with its own
 //!   runs, each with the logarithm of the runs of its space; the length of the chain has no part in it.
 //! - **A [`Run`] is a hold on its part of a [`Layer`]**, which counts the holds on each of its pages
-//!   (`seen.rs`). What the last one lets go is punched out of the memfd and no longer charged for: bytes
+//!   (`seen.rs`, by where that changes, so that a hold costs the same however long it is). What the last one lets go is punched out of the memfd and no longer charged for: bytes
 //!   charged are what can be seen, plus the round that is coming.
 //! - **An address that comes twice in a round is the peer's fault**: CRIU sends each once, in order. The order
 //!   is not asked for.
 //!
-//! Not charged for are the indexes: some 160 bytes for a run of at least one page, for each snapshot that
+//! Not charged for are the indexes: some 250 bytes for a run of at least one page, for each snapshot that
 //! holds that run cut otherwise.
 
 mod flat;

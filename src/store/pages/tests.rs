@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use super::seen::tests::visited;
 use super::*;
 use crate::store::quota::{Charge, Quota};
 
@@ -301,4 +302,41 @@ fn a_page_that_sits_in_a_pipe_survives_its_being_punched() {
     for (page, number) in bytes.chunks(4096).zip(7u64..) {
         assert!(page.chunks(8).all(|word| word == number.to_le_bytes()));
     }
+}
+
+/// What it costs to send every second page of `count` again, and then, while that is kept, to say of each single
+/// page that it is as before: visits to nodes of [`Seen`](super::seen), for each run.
+fn visits_a_run(count: u64) -> u64 {
+    let quota = Quota::new(u64::MAX);
+    let all = pages(0, count);
+    let mut first = Round::new(None);
+    let place = first.accept(&1, all, 0, charge(&quota, all)).unwrap();
+    first.filled(place);
+    let first = first.commit().unwrap();
+    let before = visited();
+    let mut second = Round::new(Some(first.clone()));
+    for page in (0..count).step_by(2) {
+        let place = second.accept(&1, pages(page, 1), 0, charge(&quota, pages(page, 1))).unwrap();
+        second.filled(place);
+        second.inherit(&1, pages(page + 1, 1)).unwrap();
+    }
+    let second = second.commit().unwrap();
+    // Its runs become one again, over all that the second has cut out.
+    let mut third = Round::new(Some(first.clone()));
+    for page in 0..count {
+        third.inherit(&1, pages(page, 1)).unwrap();
+    }
+    let third = third.commit().unwrap();
+    assert_eq!((second.pages(), third.space(&1).unwrap().len()), (count, 1));
+    drop((first, third));
+    assert_eq!(quota.used(), count * PAGE);
+    drop(second);
+    assert_eq!(quota.used(), 0);
+    (visited() - before) / (2 * count)
+}
+
+#[test]
+fn what_a_run_costs_hardly_grows_with_the_run_that_it_is_cut_out_of() {
+    let (small, big) = (visits_a_run(1 << 11), visits_a_run(1 << 15));
+    assert!(big * 10 <= small * 16, "{small} visits a run of 2^11 pages, {big} of 2^15");
 }

@@ -2,7 +2,7 @@
 //!
 //! The tree is balanced by weight, with the operations and the constants of Haskell's `Data.Map`
 //! (Hirai and Yamamoto, "Balancing weight-balanced trees", 2011): all follow from [`Tree::link`]. Nothing
-//! in a node ever changes. Splitting and joining make a few nodes along one path, as many as the
+//! in a node ever changes. Cutting and joining make a few nodes along one path, as many as the
 //! logarithm of the runs, and share all others: so a snapshot's pages are inherited by the thousand
 //! without touching them, and its parent is as it was.
 
@@ -67,36 +67,67 @@ impl Tree {
         Some(&node.run)
     }
 
-    /// What lies in a range; runs that reach beyond it are cut.
+    /// What lies in a range; of runs that reach beyond it, their parts. What is left of them outside of it is
+    /// never looked at: a big run of which many small parts are asked for costs for each as much as a small one.
     pub(super) fn slice(&self, range: PageRange) -> Tree {
-        self.split(range.start).1.split(range.end).0
-    }
-
-    /// What lies before a page, and the rest; a run across it is cut in two.
-    pub(super) fn split(&self, page: u64) -> (Tree, Tree) {
-        let Some(node) = &self.0 else { return Default::default() };
+        let Some(node) = &self.0 else { return Tree::default() };
         let Node { left, run, right, .. } = &**node;
         let PageRange { start, end } = run.range();
-        if page <= start {
-            let (before, rest) = left.split(page);
-            if before.is_empty() {
-                return (before, self.clone());
-            }
-            (before, Tree::link(rest, run.clone(), right.clone()))
-        } else if page >= end {
-            let (before, rest) = right.split(page);
-            if rest.is_empty() {
-                return (self.clone(), rest);
-            }
-            (Tree::link(left.clone(), run.clone(), before), rest)
-        } else {
-            let part = |start, end| run.part(PageRange { start, end }).map(Tree::of);
-            let (head, tail) = (part(start, page), part(page, end));
-            let join = |one: Option<Tree>, other: Option<Tree>| {
-                Tree::concat(one.unwrap_or_default(), other.unwrap_or_default())
-            };
-            (join(Some(left.clone()), head), join(tail, Some(right.clone())))
+        if range.end <= start {
+            return left.slice(range);
         }
+        if range.start >= end {
+            return right.slice(range);
+        }
+        let before = if range.start < start { left.from(range.start) } else { Tree::default() };
+        let after = if range.end > end { right.until(range.end) } else { Tree::default() };
+        match Tree::cut(run, range) {
+            Some(run) => Tree::link(before, run, after),
+            None => Tree::concat(before, after),
+        }
+    }
+
+    /// What lies before a page.
+    pub(super) fn until(&self, page: u64) -> Tree {
+        let Some(node) = &self.0 else { return Tree::default() };
+        let Node { left, run, right, .. } = &**node;
+        if page <= run.range().start {
+            return left.until(page);
+        }
+        let rest = right.until(page);
+        if page >= run.range().end && rest.pages() == right.pages() {
+            return self.clone();
+        }
+        match Tree::cut(run, PageRange { start: 0, end: page }) {
+            Some(run) => Tree::link(left.clone(), run, rest),
+            None => left.clone(),
+        }
+    }
+
+    /// What lies from a page on.
+    pub(super) fn from(&self, page: u64) -> Tree {
+        let Some(node) = &self.0 else { return Tree::default() };
+        let Node { left, run, right, .. } = &**node;
+        if page >= run.range().end {
+            return right.from(page);
+        }
+        let rest = left.from(page);
+        if page <= run.range().start && rest.pages() == left.pages() {
+            return self.clone();
+        }
+        match Tree::cut(run, PageRange { start: page, end: u64::MAX }) {
+            Some(run) => Tree::link(rest, run, right.clone()),
+            None => right.clone(),
+        }
+    }
+
+    /// The part of a run that lies in a range, which is the run itself if all of it does.
+    fn cut(run: &Rc<Run>, range: PageRange) -> Option<Rc<Run>> {
+        let PageRange { start, end } = run.range();
+        if range.start <= start && end <= range.end {
+            return Some(run.clone());
+        }
+        run.part(range).map(Rc::new)
     }
 
     /// One tree after the other. Where the last run of one goes on in the first of the other, they
