@@ -101,10 +101,10 @@ impl<'a> Incoming<'a> {
         match self.receiver.receive(message, len)? {
             Action::Nothing => {}
             Action::Begin { snapshot, id, named, parent } => {
-                self.begin(snapshot, id, named, parent.as_deref());
+                self.begin(snapshot, id, named, parent.as_deref()).await;
             }
             Action::BeginRound { snapshot, id, parent } => {
-                self.begin_round(snapshot, id, parent.as_deref());
+                self.begin_round(snapshot, id, parent.as_deref()).await;
             }
             Action::Space { snapshot, space } => self.space(snapshot, space),
             Action::Pages { snapshot, run } => self.pages(snapshot, run),
@@ -136,10 +136,10 @@ impl<'a> Incoming<'a> {
             }
             Action::RequestedPages(request) => {
                 let (store, host) = (self.cache.store.clone(), self.sender.host);
-                self.owe(async move { regions::answer_pages(&store, host, &request) })?;
+                self.owe(async move { regions::answer_pages(&store, host, &request).await })?;
             }
             Action::Complete { snapshot, images, bytes, partial } => {
-                self.complete(snapshot, (images, bytes), partial);
+                self.complete(snapshot, (images, bytes), partial).await;
             }
             Action::Damaged { snapshot, reason, by_peer } => {
                 self.fail(snapshot, &reason, !by_peer);
@@ -149,7 +149,7 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
-    fn begin(&mut self, snapshot: u32, id: String, named: bool, parent: Option<&str>) {
+    async fn begin(&mut self, snapshot: u32, id: String, named: bool, parent: Option<&str>) {
         match self.store.begin(&id, self.sender) {
             Ok(key) => {
                 if named {
@@ -159,7 +159,11 @@ impl<'a> Incoming<'a> {
                 let busy = self.cache.links.busy.enter();
                 let arriving = Arriving { id, key, images, started, _busy: busy };
                 self.snapshots.insert(snapshot, arriving);
-                match parent.map_or(Ok(()), |parent| self.store.set_parent(key, parent)) {
+                let set = match parent {
+                    Some(parent) => self.store.set_parent(key, parent).await,
+                    None => Ok(()),
+                };
+                match set {
                     Ok(()) => self.answer(Message::SnapshotReady(SnapshotReady { snapshot })),
                     Err(refused) => self.fail(snapshot, &refused.to_string(), true),
                 }
@@ -179,8 +183,8 @@ impl<'a> Incoming<'a> {
         self.give_up(snapshot, &refused.to_string());
     }
 
-    fn begin_round(&mut self, snapshot: u32, id: String, parent: Option<&str>) {
-        match self.store.begin_round(&id, self.sender, parent) {
+    async fn begin_round(&mut self, snapshot: u32, id: String, parent: Option<&str>) {
+        match self.store.begin_round(&id, self.sender, parent).await {
             Ok((coming, spaces)) => {
                 let busy = self.cache.links.busy.enter();
                 self.rounds.insert(snapshot, ArrivingRound::new(id, coming, busy));
@@ -357,11 +361,14 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
-    fn complete(&mut self, snapshot: u32, (images, bytes): (u64, u64), partial: bool) {
+    async fn complete(&mut self, snapshot: u32, (images, bytes): (u64, u64), partial: bool) {
+        // It stays known until then: whoever ends the link meanwhile ends it, too.
+        let Some(key) = self.snapshots.get(&snapshot).map(|arriving| arriving.key) else { return };
+        let completed = self.store.complete(key, partial).await;
         let Some(arriving) = self.snapshots.remove(&snapshot) else { return };
-        let Arriving { id, key, started, .. } = arriving;
+        let Arriving { id, started, .. } = arriving;
         let seconds = started.elapsed().as_secs_f64();
-        match self.store.complete(key, partial) {
+        match completed {
             Ok(()) => {
                 // Whoever is told that it is here may end the process.
                 self.cache.keeping.follow(self.store);

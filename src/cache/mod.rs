@@ -45,6 +45,7 @@ use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::metrics;
 use crate::metrics::refusals::Reason;
+use crate::store::pages::release_in_turns;
 use crate::store::{Key, State, Store};
 use crate::sys::clock::now_ms;
 use crate::sys::connected::Stream;
@@ -286,6 +287,7 @@ impl Daemon for Cache {
             let serve = move |stream| serving.clone().serve_link(stream);
             cache.listeners.serve_bound("link", listener, &max_links, serve)?;
         }
+        tokio::task::spawn_local(release_in_turns());
         if let Some(connected) = sockets.connected {
             tokio::task::spawn_local(cache.clone().serve_given(connected.register()?));
         }

@@ -196,7 +196,7 @@ impl Pages<'_> {
             () = left(client.stream()) => return Err(NotGiven::Left),
         }
         let id = claim.id().unwrap_or_default();
-        let flat = store.flat_of(key).map_err(NotGiven::NotFlat)?;
+        let flat = store.flat_of(key).await.map_err(NotGiven::NotFlat)?;
         let serving = self.cache.serving.enter();
         self.bound = Some(Bound { id, flat: flat.clone(), _serving: serving });
         Ok(flat)

@@ -37,8 +37,12 @@ pub(super) async fn answer(store: &Store, host: Option<IpAddr>, asked: &RegionRe
 }
 
 /// Answers a request from `host` for pages, with what there is of them now.
-pub(super) fn answer_pages(store: &Store, host: Option<IpAddr>, asked: &PagesRequest) -> Answer {
-    pages(store, host, asked).unwrap_or_else(|refusal| refused(asked.request, refusal))
+pub(super) async fn answer_pages(
+    store: &Store,
+    host: Option<IpAddr>,
+    asked: &PagesRequest,
+) -> Answer {
+    pages(store, host, asked).await.unwrap_or_else(|refusal| refused(asked.request, refusal))
 }
 
 fn refused(request: u32, (errno, reason): Refusal) -> Answer {
@@ -46,13 +50,17 @@ fn refused(request: u32, (errno, reason): Refusal) -> Answer {
     Answer::Message(Message::no_region(request, error, &reason))
 }
 
-fn pages(store: &Store, host: Option<IpAddr>, asked: &PagesRequest) -> Result<Answer, Refusal> {
+async fn pages(
+    store: &Store,
+    host: Option<IpAddr>,
+    asked: &PagesRequest,
+) -> Result<Answer, Refusal> {
     let (space, range) = requested(asked).map_err(|bad| (Errno::INVAL, bad.to_string()))?;
     let id = &asked.snapshot_id;
     let none = |why: String| (Errno::NOENT, why);
     let listed = look(store, host, id, |_| ())?.and_then(|()| store.key_of(id));
     let key = listed.ok_or_else(|| none(format!("no snapshot {id} is held")))?;
-    let flat = store.flat_of(key).map_err(|why| none(format!("snapshot {id}: {why}")))?;
+    let flat = store.flat_of(key).await.map_err(|why| none(format!("snapshot {id}: {why}")))?;
     let index = flat.space(&space);
     let index = index.ok_or_else(|| none(format!("snapshot {id} has no {space}")))?;
     let first = |max| range.split(max).0;

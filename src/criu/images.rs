@@ -56,36 +56,57 @@ pub enum CutShort {
     Io(#[from] io::Error),
 }
 
-/// Walks the records of an image of `len` bytes, from its start, and returns how many there are.
-/// Reads lengths only; the records are skipped.
-pub fn check_records<R: Read + Seek>(image: &mut BufReader<R>, len: u64) -> Result<u64, CutShort> {
-    let mut at = 4;
-    if len < at {
-        return Err(CutShort::Magic(len));
-    }
-    let magic = read_u32(image)?;
-    if magic == IMG_COMMON_MAGIC || magic == IMG_SERVICE_MAGIC {
-        at += 4;
+/// A walk over the records of an image. It reads lengths only; the records are skipped.
+#[derive(Debug)]
+pub struct Walk<R> {
+    image: BufReader<R>,
+    len: u64,
+    /// Where the next record begins.
+    at: u64,
+    records: u64,
+}
+
+impl<R: Read + Seek> Walk<R> {
+    /// Begins at the start of an image of `len` bytes.
+    pub fn begin(mut image: BufReader<R>, len: u64) -> Result<Walk<R>, CutShort> {
+        let mut at = 4;
         if len < at {
             return Err(CutShort::Magic(len));
         }
-        read_u32(image)?;
-    }
-    let mut records = 0;
-    while at < len {
-        if len - at < 4 {
-            return Err(CutShort::Record { at, needed: 4 - (len - at) });
+        let magic = read_u32(&mut image)?;
+        if magic == IMG_COMMON_MAGIC || magic == IMG_SERVICE_MAGIC {
+            at += 4;
+            if len < at {
+                return Err(CutShort::Magic(len));
+            }
+            read_u32(&mut image)?;
         }
-        let record = read_u32(image)?;
-        let end = at + 4 + u64::from(record);
-        if end > len {
-            return Err(CutShort::Record { at, needed: end - len });
-        }
-        image.seek_relative(i64::from(record))?;
-        at = end;
-        records += 1;
+        Ok(Walk { image, len, at, records: 0 })
     }
-    Ok(records)
+
+    /// Walks on, over at most `most` records. Returns how many the image has once it is at its end.
+    pub fn go_on(&mut self, most: u64) -> Result<Option<u64>, CutShort> {
+        let Walk { len, at, .. } = *self;
+        let mut at = at;
+        for _ in 0..most {
+            if at >= len {
+                return Ok(Some(self.records));
+            }
+            if len - at < 4 {
+                return Err(CutShort::Record { at, needed: 4 - (len - at) });
+            }
+            let record = read_u32(&mut self.image)?;
+            let end = at + 4 + u64::from(record);
+            if end > len {
+                return Err(CutShort::Record { at, needed: end - len });
+            }
+            self.image.seek_relative(i64::from(record))?;
+            at = end;
+            self.at = at;
+            self.records += 1;
+        }
+        Ok(None)
+    }
 }
 
 /// The first record of an image that is all there, without its length; `None` if there is no such record.
@@ -120,7 +141,12 @@ mod tests {
     }
 
     fn check(bytes: &[u8]) -> Result<u64, CutShort> {
-        check_records(&mut BufReader::new(Cursor::new(bytes)), bytes.len() as u64)
+        let mut walk = Walk::begin(BufReader::new(Cursor::new(bytes)), bytes.len() as u64)?;
+        loop {
+            if let Some(records) = walk.go_on(2)? {
+                return Ok(records);
+            }
+        }
     }
 
     #[test]

@@ -1,28 +1,28 @@
 //! What makes a set of images a checkpoint.
 
-use std::io::{BufReader, Seek};
-
 use super::image::Image;
 use super::snapshot::Images;
-use crate::criu::images::{INVENTORY, check_records, is_records};
+use super::turns::Turns;
+use crate::criu::images::{INVENTORY, Walk, is_records};
 use crate::criu::pages::Space;
 
 /// Checks that every image has ended, that there is an inventory unless the snapshot is `partial`, and
 /// that no image's records are cut short. The error is the reason for which the snapshot is damaged.
-pub(super) fn check(images: &Images, partial: bool) -> Result<(), String> {
+pub(super) async fn check(images: &Images, partial: bool) -> Result<(), String> {
     if let Some(image) = images.values().find(|image| !image.is_whole()) {
         return Err(format!("image {} has not ended", image.name()));
     }
+    let mut turns = Turns::new();
     match images.get(INVENTORY) {
         None if partial => {}
         None => return Err(format!("there is no {INVENTORY}: the dump did not succeed")),
-        Some(inventory) if records(inventory)? == 0 => {
+        Some(inventory) if records(inventory, &mut turns).await? == 0 => {
             return Err(format!("image {INVENTORY} is cut short: it has no record"));
         }
         Some(_) => {}
     }
     for image in images.values().filter(|image| is_records(image.name())) {
-        records(image)?;
+        records(image, &mut turns).await?;
     }
     Ok(())
 }
@@ -45,10 +45,16 @@ pub(super) fn check_memory(images: &Images) -> Result<(), String> {
     Ok(())
 }
 
-fn records(image: &Image) -> Result<u64, String> {
-    let walk = || {
-        image.file().rewind()?;
-        check_records(&mut BufReader::new(image.file()), image.len())
-    };
-    walk().map_err(|error| format!("image {} is cut short: {error}", image.name()))
+/// How many records are walked over at once, some of which may be a piece to read: a fraction of a millisecond.
+const RECORDS: u64 = 4096;
+
+async fn records(image: &Image, turns: &mut Turns) -> Result<u64, String> {
+    let cut = |error| format!("image {} is cut short: {error}", image.name());
+    let mut walk = Walk::begin(image.from_start(), image.len()).map_err(cut)?;
+    loop {
+        if let Some(records) = walk.go_on(RECORDS).map_err(cut)? {
+            return Ok(records);
+        }
+        turns.pass_after_much().await;
+    }
 }

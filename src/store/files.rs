@@ -138,6 +138,7 @@ mod tests {
     use super::super::flat_images::flat_images;
     use super::super::pages::{Flat, PAGE, PageRange, Round};
     use super::super::snapshot::Sender;
+    use super::super::turns::at_once;
     use super::*;
     use crate::config::StoreSettings;
     use crate::criu::pages::Space;
@@ -170,7 +171,7 @@ mod tests {
 
     fn whole(store: &Store, flat: &Flat<Space>) -> Key {
         let mut images = Images::new();
-        flat_images(flat, &mut images, store.quota()).unwrap();
+        at_once(flat_images(flat, &mut images, store.quota())).unwrap();
         let key = store.begin("web", &Sender::default()).unwrap();
         store.update(key, |snapshot| snapshot.end(State::Whole(Rc::new(images))));
         key
@@ -197,7 +198,7 @@ mod tests {
         let scattered = store.held_images(key).unwrap()["pages-1.img"].clone();
         assert!(scattered.as_file().is_none());
         // Who asked for pages, and does no more, holds none of them.
-        drop(store.flat_of(key).unwrap());
+        drop(store.flat_of(key).await.unwrap());
         let files = store.files(key).await.unwrap();
         let expected: Vec<u64> =
             (0..600).map(|page| if page % 3 == 0 { 10_000 + page } else { page }).collect();
@@ -232,20 +233,20 @@ mod tests {
         let known = || store.look(key, |snapshot| snapshot.pages.of_images.is_some()).unwrap();
         assert!(!known());
         let first = |flat: &Flat<Space>| std::ptr::from_ref(flat.space(&TASK).unwrap());
-        let flat = store.flat_of(key).unwrap();
+        let flat = store.flat_of(key).await.unwrap();
         assert_eq!(flat.space(&TASK).unwrap().pages(), 600);
-        assert_eq!(first(&store.flat_of(key).unwrap()), first(&flat));
+        assert_eq!(first(&store.flat_of(key).await.unwrap()), first(&flat));
         let now = Instant::now();
         store.expire(now + Duration::from_secs(30));
         assert!(known());
         store.expire(now + Duration::from_secs(90));
         assert!(!known());
         assert_eq!(store.quota().used(), used);
-        assert_ne!(first(&store.flat_of(key).unwrap()), first(&flat));
+        assert_ne!(first(&store.flat_of(key).await.unwrap()), first(&flat));
         drop(flat);
         store.drop_snapshot("web");
         assert_eq!(store.quota().used(), 0);
-        assert_eq!(store.flat_of(key).unwrap_err(), "it was dropped");
+        assert_eq!(store.flat_of(key).await.unwrap_err(), "it was dropped");
     }
 
     #[tokio::test]

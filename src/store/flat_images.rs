@@ -1,14 +1,15 @@
 //! The images of pages that came in rounds, as if they had come in one dump: for each page space a
 //! pagemap image and a pages image.
 
-use std::iter::Peekable;
+use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
 use super::image::Image;
-use super::pages::{Flat, Index, Run, Runs};
+use super::pages::{Flat, Index, PageRange, Run};
 use super::quota::Quota;
 use super::snapshot::Images;
-use crate::criu::pagemap::Pagemap;
+use super::turns::Turns;
+use crate::criu::pagemap::{Pagemap, put_entry};
 use crate::criu::pages::{self, Contents, Space, pages_image};
 
 /// Adds the images of all page spaces to a snapshot's own images; no page is copied, and the images hold
@@ -17,13 +18,13 @@ use crate::criu::pages::{self, Contents, Space, pages_image};
 /// A pages image is charged for in its layers, a pagemap image is charged here. On an error, which says
 /// what is wrong, no image has been added: there is one of a space already, no room for a pagemap, or no
 /// memfd to be had.
-pub(super) fn flat_images(
+pub(super) async fn flat_images(
     flat: &Flat<Space>,
     images: &mut Images,
     quota: &Quota,
 ) -> Result<(), String> {
     let mut free = (1..=u32::MAX).filter(|id| !images.contains_key(&pages_image(*id)));
-    let mut made = Vec::new();
+    let (mut made, mut turns) = (Vec::new(), Turns::new());
     for (space, index) in flat.spaces() {
         if images.contains_key(&space.pagemap()) {
             return Err(format!(
@@ -32,29 +33,55 @@ pub(super) fn flat_images(
             ));
         }
         let pages_id = free.next().ok_or("there is no number left for a pages image")?;
-        made.push(pagemap_image(*space, index, pages_id, quota)?);
+        made.push(pagemap_image(*space, index, pages_id, quota, &mut turns).await?);
         made.push(pages_of(index, pages_id, quota)?);
     }
     images.extend(made.into_iter().map(|image| (image.name().to_owned(), Rc::new(image))));
     Ok(())
 }
 
-fn pagemap_image(
+/// How much of a pagemap image is written at once, in bytes.
+const PIECE: usize = 64 << 10;
+
+/// An index of a gigabyte may have some hundred thousand runs: it is walked in steps, and written as it is.
+async fn pagemap_image(
     space: Space,
     index: &Index,
     pages_id: u32,
     quota: &Quota,
+    turns: &mut Turns,
 ) -> Result<Image, String> {
     let name = space.pagemap();
-    let mut pagemap = Pagemap::new(pages_id);
-    for run in Entries(index.runs().peekable()) {
-        pagemap.push(run.map_err(|reason| format!("image {name}: {reason}"))?);
+    let wrong = |reason: &dyn std::fmt::Display| format!("image {name}: {reason}");
+    let image = Image::create(&name, quota.nothing());
+    let image = image.map_err(|errno| format!("image {name} cannot be held: {errno}"))?;
+    let append = |bytes: &mut Vec<u8>| {
+        let charge = quota.charge_now(image.growth(bytes.len() as u64));
+        image.charge(charge.map_err(|exhausted| wrong(&exhausted))?);
+        image.file().write_all_at(bytes, image.len()).map_err(|error| wrong(&error))?;
+        image.grown_to(image.len() + bytes.len() as u64);
+        bytes.clear();
+        Ok::<(), String>(())
+    };
+    let mut bytes = Pagemap::new(pages_id).encode();
+    let mut entry: Option<Entry> = None;
+    for run in index.runs() {
+        if !entry.as_mut().is_some_and(|entry| entry.goes_on_with(run)) {
+            if let Some(entry) = entry.replace(Entry { range: run.range(), flags: run.flags() }) {
+                put_entry(&mut bytes, entry.run().map_err(|reason| wrong(&reason))?);
+            }
+            if bytes.len() >= PIECE {
+                append(&mut bytes)?;
+            }
+        }
+        turns.pass().await;
     }
-    let bytes = pagemap.encode();
-    let charge = quota.charge_now(Image::needs(bytes.len() as u64));
-    let charge = charge.map_err(|exhausted| format!("image {name}: {exhausted}"))?;
-    Image::made_of(&name, &bytes, charge)
-        .map_err(|errno| format!("image {name} cannot be held: {errno}"))
+    if let Some(entry) = entry {
+        put_entry(&mut bytes, entry.run().map_err(|reason| wrong(&reason))?);
+    }
+    append(&mut bytes)?;
+    image.end();
+    Ok(image)
 }
 
 fn pages_of(index: &Index, pages_id: u32, quota: &Quota) -> Result<Image, String> {
@@ -66,35 +93,34 @@ fn pages_of(index: &Index, pages_id: u32, quota: &Quota) -> Result<Image, String
         .map_err(|errno| format!("image {name} cannot be held: {errno}"))
 }
 
-/// The runs of an index as a pagemap says them, which knows nothing of layers: runs that follow each
-/// other and have the same flags are one entry.
-struct Entries<'a>(Peekable<Runs<'a>>);
-
-impl Iterator for Entries<'_> {
-    type Item = Result<pages::Run, String>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let first = self.0.next()?;
-        let mut range = first.range();
-        let goes_on =
-            |end: u64, next: &Run| next.range().address() == end && next.flags() == first.flags();
-        let mut count = range.pages();
-        while let Some(next) = self.0.next_if(|next| goes_on(range.end_address(), next)) {
-            range = next.range();
-            count += range.pages();
-        }
-        Some(entry(first, count))
-    }
+/// Pages as a pagemap says them, which knows nothing of layers: runs that follow each other and have the same
+/// flags are one entry.
+struct Entry {
+    range: PageRange,
+    flags: u32,
 }
 
-fn entry(first: &Run, count: u64) -> Result<pages::Run, String> {
-    let address = first.range().address();
-    let wrong = |why: String| format!("the pages at {address:#x}: {why}");
-    let contents = Contents::from_flags(first.flags()).map_err(|flags| wrong(flags.to_string()))?;
-    if !matches!(contents, Contents::Present { .. }) {
-        return Err(wrong(format!("the flags {:#x} say that they are not here", first.flags())));
+impl Entry {
+    /// Takes a run over that follows it; returns whether it does.
+    fn goes_on_with(&mut self, next: &Run) -> bool {
+        let follows = next.range().start == self.range.end && next.flags() == self.flags;
+        if follows {
+            self.range.end = next.range().end;
+        }
+        follows
     }
-    pages::Run::new(address, count, contents).map_err(|range| wrong(range.to_string()))
+
+    fn run(&self) -> Result<pages::Run, String> {
+        let address = self.range.address();
+        let wrong = |why: String| format!("the pages at {address:#x}: {why}");
+        let contents =
+            Contents::from_flags(self.flags).map_err(|flags| wrong(flags.to_string()))?;
+        if !matches!(contents, Contents::Present { .. }) {
+            return Err(wrong(format!("the flags {:#x} say that they are not here", self.flags)));
+        }
+        let run = pages::Run::new(address, self.range.pages(), contents);
+        run.map_err(|range| wrong(range.to_string()))
+    }
 }
 
 #[cfg(test)]
@@ -106,6 +132,7 @@ mod tests {
     use super::*;
     use crate::criu::pages::PAGE_SIZE;
     use crate::store::pages::{PageRange, Round};
+    use crate::store::turns::at_once;
 
     const PRESENT: u32 = 4;
     const LAZY: u32 = 6;
@@ -145,7 +172,7 @@ mod tests {
 
     fn made(flat: &Flat<Space>, quota: &Quota) -> Images {
         let mut images = Images::new();
-        flat_images(flat, &mut images, quota).unwrap();
+        at_once(flat_images(flat, &mut images, quota)).unwrap();
         images
     }
 
@@ -168,7 +195,7 @@ mod tests {
         let mut images = Images::new();
         let own = Image::made_of("pages-1.img", b"else", quota.nothing()).unwrap();
         images.insert("pages-1.img".into(), Rc::new(own));
-        flat_images(&flat, &mut images, &quota).unwrap();
+        at_once(flat_images(&flat, &mut images, &quota)).unwrap();
         drop(flat);
         let names: Vec<_> = images.keys().map(String::as_str).collect();
         let all =
@@ -209,7 +236,7 @@ mod tests {
         let mut images = Images::new();
         let own = Image::made_of("pagemap-7.img", b"", quota.nothing()).unwrap();
         images.insert("pagemap-7.img".into(), Rc::new(own));
-        let refused = flat_images(&flat, &mut images, &quota).unwrap_err();
+        let refused = at_once(flat_images(&flat, &mut images, &quota)).unwrap_err();
         let said =
             "the pages of task 7 came in rounds, and there is an image pagemap-7.img as well";
         assert_eq!(refused, said);
@@ -222,7 +249,7 @@ mod tests {
         let mut round = Round::new(None);
         add(&mut round, &quota, range(1, 1), PRESENT, 1);
         let flat = round.commit().unwrap();
-        let refused = flat_images(&flat, &mut Images::new(), &quota).unwrap_err();
+        let refused = at_once(flat_images(&flat, &mut Images::new(), &quota)).unwrap_err();
         let said =
             "image pagemap-7.img: quota exhausted: 4096 of 4096 bytes (store.max-bytes) are held";
         assert_eq!(refused, said);
@@ -234,7 +261,7 @@ mod tests {
         let mut round = Round::new(None);
         add(&mut round, &quota, range(1, 1), 2, 1);
         let flat = round.commit().unwrap();
-        let refused = flat_images(&flat, &mut Images::new(), &quota).unwrap_err();
+        let refused = at_once(flat_images(&flat, &mut Images::new(), &quota)).unwrap_err();
         let said =
             "image pagemap-7.img: the pages at 0x1000: the flags 0x2 say that they are not here";
         assert_eq!(refused, said);

@@ -3,22 +3,26 @@
 //! It is the inverse of [`flat_images`](super::flat_images), and lets such a dump be a parent, or have
 //! one, as a round can. No page is copied: its image is a layer from then on.
 
-use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::image::Image;
 use super::pages::{Flat, Round};
 use super::snapshot::{Images, Snapshot, State};
+use super::turns::Turns;
 use super::{Key, Refused, Store};
-use crate::criu::pagemap::{Pagemap, Placed};
+use crate::criu::pagemap::{Entries, Placed};
 use crate::criu::pages::{Contents, PAGE_SIZE, Space, pages_id, pages_image};
 
-/// A pagemap image that is larger, in bytes, is not looked into: its entries take several times the memory,
-/// which nobody is charged for. This is enough for six million runs.
+/// A pagemap image that is larger, in bytes, is not looked into: the index that comes of it takes several times the
+/// memory, which nobody is charged for. This is enough for six million runs.
 const PAGEMAP_MAX: u64 = 64 << 20;
 
+/// How many pages of an image are looked for at once.
+const PIECE: u64 = 256;
+
 /// The flat pagemaps of images are kept so long after they were last asked for: they take memory that nobody
-/// is charged for, and to make them again takes a moment in which nobody else has their turn.
+/// is charged for, and to make them again takes a moment.
 const UNUSED: Duration = Duration::from_secs(60);
 
 /// Makes the flat pagemaps of a snapshot from its own pagemap and pages images. What those say to be in the
@@ -30,24 +34,33 @@ const UNUSED: Duration = Duration::from_secs(60);
 /// The error says why there are none: pages that the parent does not have, or that are still at the source,
 /// or images that are not understood. Those of a later CRIU may be whole, and can be restored by it; but
 /// nobody here knows which bytes are which page.
-pub(super) fn flatten(
+///
+/// Others have their turn all the while.
+pub(super) async fn flatten(
     images: &Images,
     parent: Option<&Flat<Space>>,
 ) -> Result<Flat<Space>, String> {
-    let mut round = Round::new(parent.cloned());
+    let (mut round, mut turns) = (Round::new(parent.cloned()), Turns::new());
     for (name, image) in images {
         let Some(space) = Space::of_pagemap(name) else { continue };
         let wrong = |why: &dyn std::fmt::Display| format!("image {name}: {why}");
         round.open(&space).map_err(|refused| refused.to_string())?;
-        let pagemap = Pagemap::decode(&read(image)?).map_err(|bad| wrong(&bad))?;
-        let layout = pagemap.layout();
-        let layout = layout.map_err(|why| wrong(&format_args!("not understood: {why}")))?;
-        let source = pages_image(pagemap.pages_id);
-        let source = images.get(&source).map(|image| &**image);
-        check_len(source, layout.pages_len, pagemap.pages_id).map_err(|why| wrong(&why))?;
-        for placed in &layout.runs {
-            place(&mut round, space, placed, source).map_err(|why| wrong(&why))?;
+        let len = image.len();
+        if len > PAGEMAP_MAX {
+            let more = format_args!("{len} bytes, more than {PAGEMAP_MAX} are not looked into");
+            return Err(wrong(&more));
         }
+        // Entry by entry: all of them at once would take several times the memory of the image.
+        let mut entries = Entries::begin(image.from_start(), len).map_err(|error| wrong(&error))?;
+        let pages_id = entries.pages_id;
+        let source = images.get(&pages_image(pages_id)).map(|image| &**image);
+        while let Some(placed) = entries.next_placed().map_err(|error| wrong(&error))? {
+            check_len(source, entries.pages_len, pages_id, false).map_err(|why| wrong(&why))?;
+            place(&mut round, space, &placed, source, &mut turns)
+                .await
+                .map_err(|why| wrong(&why))?;
+        }
+        check_len(source, entries.pages_len, pages_id, true).map_err(|why| wrong(&why))?;
     }
     round.commit().map_err(|refused| refused.to_string())
 }
@@ -55,11 +68,21 @@ pub(super) fn flatten(
 impl Store {
     /// The pages of a snapshot, however they came: in its rounds so far, or in its images once it is whole. The
     /// error is why there are none, or why they cannot be told apart.
-    pub fn flat_of(&self, key: Key) -> Result<Flat<Space>, String> {
-        match self.snapshots.borrow_mut().get_mut(&key) {
-            Some(snapshot) => snapshot.pages_by_address(),
-            None => Err(Refused::Dropped.to_string()),
+    ///
+    /// Others have their turn while the pages of images are looked for.
+    pub async fn flat_of(&self, key: Key) -> Result<Flat<Space>, String> {
+        let images = match self.snapshots.borrow_mut().get_mut(&key) {
+            Some(snapshot) => match snapshot.pages_by_address()? {
+                Known::Pages(flat) => return Ok(flat),
+                Known::Images(images) => images,
+            },
+            None => return Err(Refused::Dropped.to_string()),
+        };
+        let said = flatten(&images, None).await;
+        if let Some(snapshot) = self.snapshots.borrow_mut().get_mut(&key) {
+            snapshot.remember_pages_of(&images, said.clone());
         }
+        said
     }
 }
 
@@ -70,10 +93,17 @@ pub(super) struct Flattened {
     used: Instant,
 }
 
+/// What is known of the pages of a snapshot without looking into its images.
+enum Known {
+    Pages(Flat<Space>),
+    /// They are what these say.
+    Images(Rc<Images>),
+}
+
 impl Snapshot {
-    fn pages_by_address(&mut self) -> Result<Flat<Space>, String> {
+    fn pages_by_address(&mut self) -> Result<Known, String> {
         let images = match (self.flat(), &self.state) {
-            (Some(flat), _) => return Ok(flat.clone()),
+            (Some(flat), _) => return Ok(Known::Pages(flat.clone())),
             (None, State::Whole(images) | State::Taken(images)) => images.clone(),
             (None, State::Damaged { reason, .. }) => {
                 return Err(format!("it is damaged: {reason}"));
@@ -82,12 +112,18 @@ impl Snapshot {
                 return Err("its pages have not come yet".to_owned());
             }
         };
-        let known = self.pages.of_images.get_or_insert_with(|| Flattened {
-            said: flatten(&images, None),
-            used: Instant::now(),
-        });
+        let Some(known) = &mut self.pages.of_images else { return Ok(Known::Images(images)) };
         known.used = Instant::now();
-        known.said.clone()
+        known.said.clone().map(Known::Pages)
+    }
+
+    /// Images have been looked into, which may not be the snapshot's any more.
+    fn remember_pages_of(&mut self, images: &Rc<Images>, said: Result<Flat<Space>, String>) {
+        if let State::Whole(now) | State::Taken(now) = &self.state {
+            if Rc::ptr_eq(now, images) {
+                self.pages.of_images = Some(Flattened { said, used: Instant::now() });
+            }
+        }
     }
 
     /// What nobody has asked for in a while is not kept.
@@ -102,23 +138,11 @@ pub(super) fn take_out_pages(images: &mut Images) {
     images.retain(|name, _| Space::of_pagemap(name).is_none() && pages_id(name).is_none());
 }
 
-fn read(image: &Image) -> Result<Vec<u8>, String> {
-    let wrong = |why: &dyn std::fmt::Display| format!("image {}: {why}", image.name());
-    if image.len() > PAGEMAP_MAX {
-        let len = image.len();
-        return Err(wrong(&format_args!(
-            "{len} bytes, more than {PAGEMAP_MAX} are not looked into"
-        )));
-    }
-    let mut bytes = vec![0; usize::try_from(image.len()).unwrap_or(0)];
-    image.file().read_exact_at(&mut bytes, 0).map_err(|error| wrong(&error))?;
-    Ok(bytes)
-}
-
-/// Pages that are stored in another way, compressed for one, have another size.
-fn check_len(source: Option<&Image>, len: u64, pages_id: u32) -> Result<(), String> {
+/// Pages that are stored in another way, compressed for one, have another size. Before the last entry they may
+/// have more than has been named.
+fn check_len(source: Option<&Image>, len: u64, pages_id: u32, last: bool) -> Result<(), String> {
     match source {
-        Some(source) if source.len() == len => Ok(()),
+        Some(source) if source.len() == len || (source.len() > len && !last) => Ok(()),
         Some(source) => Err(format!(
             "not understood: its pages have {len} bytes, and image {} has {}",
             source.name(),
@@ -129,22 +153,33 @@ fn check_len(source: Option<&Image>, len: u64, pages_id: u32) -> Result<(), Stri
     }
 }
 
-fn place(
+async fn place(
     round: &mut Round<Space>,
     space: Space,
     placed: &Placed,
     source: Option<&Image>,
+    turns: &mut Turns,
 ) -> Result<(), String> {
     let Placed { run, offset } = *placed;
+    turns.pass().await;
     match (run.contents(), source) {
         (Contents::Present { .. }, Some(source)) => {
-            let mut left = Some(run.range());
-            for held in source.pages(offset / PAGE_SIZE, run.pages()) {
-                let pages = held.range().pages();
-                let Some((Some(range), rest)) = left.map(|left| left.split(pages)) else { break };
-                let shared = round.share(&space, range, run.contents().flags(), &held);
-                shared.map_err(|refused| refused.to_string())?;
-                left = rest;
+            let (mut left, mut start) = (Some(run.range()), offset / PAGE_SIZE);
+            while let Some(range) = left {
+                // Each of them may be in another layer.
+                for held in source.pages(start, range.pages().min(PIECE)) {
+                    let pages = held.range().pages();
+                    let Some((Some(range), rest)) = left.map(|left| left.split(pages)) else {
+                        break;
+                    };
+                    let shared = round.share(&space, range, run.contents().flags(), &held);
+                    shared.map_err(|refused| refused.to_string())?;
+                    (left, start) = (rest, start + pages);
+                }
+                if left == Some(range) {
+                    break;
+                }
+                turns.pass_after_much().await;
             }
             Ok(())
         }
@@ -160,14 +195,16 @@ fn place(
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
+    use std::os::unix::fs::FileExt;
 
     use proptest::prelude::*;
 
     use super::*;
+    use crate::criu::pagemap::Pagemap;
     use crate::criu::pages::Run;
     use crate::store::flat_images::flat_images;
     use crate::store::quota::Quota;
+    use crate::store::turns::at_once;
 
     const TASK: Space = Space::Task(7);
     const PRESENT: Contents = Contents::Present { lazy: false };
@@ -214,7 +251,7 @@ mod tests {
     }
 
     fn refused(images: &Images, parent: Option<&Flat<Space>>) -> String {
-        flatten(images, parent).unwrap_err()
+        at_once(flatten(images, parent)).unwrap_err()
     }
 
     #[test]
@@ -222,13 +259,13 @@ mod tests {
         let quota = Quota::new(1 << 20);
         let first = dump(&quota, &[(1, PRESENT, 10), (2, LAZY, 11), (3, PRESENT, 12)]);
         let used = quota.used();
-        let parent = flatten(&first, None).unwrap();
+        let parent = at_once(flatten(&first, None)).unwrap();
         assert_eq!(seen(&parent), [(1, PRESENT, 10), (2, LAZY, 11), (3, PRESENT, 12)]);
         assert_eq!(quota.used(), used, "each byte is charged for once");
 
         let second = [(2, Contents::Parent, 0), (3, PRESENT, 20), (5, PRESENT, 21)];
         let mut second = dump(&quota, &second);
-        let flat = flatten(&second, Some(&parent)).unwrap();
+        let flat = at_once(flatten(&second, Some(&parent))).unwrap();
         let all = [(2, LAZY, 11), (3, PRESENT, 20), (5, PRESENT, 21)];
         assert_eq!(seen(&flat), all);
         drop((first, parent));
@@ -236,9 +273,9 @@ mod tests {
         assert!(second.keys().eq(["core-7.img"]));
         assert_eq!(quota.used(), 3 * 4096 + 4096, "what is seen, and the image left");
 
-        flat_images(&flat, &mut second, &quota).unwrap();
+        at_once(flat_images(&flat, &mut second, &quota)).unwrap();
         drop(flat);
-        let again = flatten(&second, None).unwrap();
+        let again = at_once(flatten(&second, None)).unwrap();
         assert_eq!(seen(&again), all, "also from images that are made of pages");
         assert_eq!(quota.used(), 3 * 4096 + 2 * 4096);
         drop((again, second));
@@ -253,12 +290,12 @@ mod tests {
             refused(&child, None),
             "image pagemap-7.img: address 0x1000 of page space task 7 is said to be in the parent, and there is none"
         );
-        let parent = flatten(&dump(&quota, &[(1, PRESENT, 1)]), None).unwrap();
+        let parent = at_once(flatten(&dump(&quota, &[(1, PRESENT, 1)]), None)).unwrap();
         assert_eq!(
             refused(&child, Some(&parent)),
             "image pagemap-7.img: address 0x2000 of page space task 7 is said to be in the parent, which does not have it"
         );
-        let nobody = flatten(&Images::new(), None).unwrap();
+        let nobody = at_once(flatten(&Images::new(), None)).unwrap();
         assert!(refused(&child, Some(&nobody)).contains("0x1000 of page space task 7"));
     }
 
@@ -300,7 +337,7 @@ mod tests {
         ] {
             assert_eq!(refused(&images, None), format!("image pagemap-7.img: {said}"));
         }
-        assert_eq!(seen(&flatten(&good, None).unwrap()), [(1, PRESENT, 1)]);
+        assert_eq!(seen(&at_once(flatten(&good, None)).unwrap()), [(1, PRESENT, 1)]);
     }
 
     /// For each page, what a dump says of it: nothing, that it is there, lazy or not, or that it is as
@@ -340,7 +377,7 @@ mod tests {
                     }
                 }
                 let images = dump(&quota, &pages);
-                let flat = flatten(&images, parent.as_ref()).unwrap();
+                let flat = at_once(flatten(&images, parent.as_ref())).unwrap();
                 kept.extend(keep.then_some((images, flat.clone(), next.clone())));
                 (parent, model) = (Some(flat), next);
             }

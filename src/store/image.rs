@@ -2,7 +2,9 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
 use tokio::sync::Notify;
@@ -14,6 +16,9 @@ use crate::sys::memfd;
 /// What the kernel gives memory in, in bytes. What an image is charged for is rounded up to it, and
 /// an empty one is charged for one page: it is a descriptor and an inode.
 const PAGE: u64 = 4096;
+
+/// How much of an image is read at once, in bytes.
+const READ: usize = 128 << 10;
 
 /// An image: where its bytes are, how much of it has come, and what it is charged for.
 #[derive(Debug)]
@@ -259,6 +264,40 @@ impl Image {
     /// Resolves when its end comes.
     pub async fn ended(&self) {
         self.ended.notified().await;
+    }
+}
+
+/// Reads an image's one file from its start, whoever else reads or writes it.
+#[derive(Debug)]
+pub(super) struct FromStart<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Image {
+    /// Reads an image that is in a memfd of its own, in large pieces.
+    pub(super) fn from_start(&self) -> BufReader<FromStart<'_>> {
+        BufReader::with_capacity(READ, FromStart { file: self.file(), at: 0 })
+    }
+}
+
+impl Read for FromStart<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(bytes, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for FromStart<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let to = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+            SeekFrom::End(_) => None,
+        };
+        self.at = to.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
     }
 }
 

@@ -24,6 +24,7 @@ use super::image::Image;
 use super::pages::{Index, Layer, PAGE, PageRange, Run};
 use super::quota::{Charge, Quota};
 use super::snapshot::{Images, Sender, Snapshot, State};
+use super::turns::at_once;
 use super::{Key, Store, needs_view};
 use crate::criu::names::{check_id, check_image, check_list};
 use crate::criu::pages::is_pages_image;
@@ -104,8 +105,8 @@ impl Store {
         snapshots.iter().filter_map(restorable).collect()
     }
 
-    /// Writes the record of a snapshot; `name` is asked for the name of each file that is to be kept with it.
-    /// `None` if it cannot be restored.
+    /// Writes the record of a snapshot, which is charged for before: without room for it there is none. `name` is asked for
+    /// the name of each file that is to be kept with it. `None` if it cannot be restored.
     pub fn keep(
         &self,
         key: Key,
@@ -115,10 +116,7 @@ impl Store {
         let snapshot = snapshots.get(&key)?;
         let (State::Whole(images) | State::Taken(images)) = &snapshot.state else { return None };
         let lists = self.lists.borrow().names_of(&snapshot.id, snapshot.sender.host);
-        Some(write(snapshot, images, key, lists, name).map(|record| {
-            let charge = self.quota.charge_held(len_of(&record));
-            Kept { record, charge }
-        }))
+        Some(write(snapshot, images, key, lists, name, &self.quota))
     }
 
     /// Holds the snapshots of some records again, even beyond the limits. For each its id and the
@@ -230,15 +228,16 @@ fn write(
     key: Key,
     lists: Vec<String>,
     mut name: impl FnMut(&Rc<File>) -> String,
-) -> io::Result<File> {
-    let record: File = memfd::create(&format!("{} (record)", snapshot.id))?.into();
+    quota: &Quota,
+) -> io::Result<Kept> {
     let mut end = HEAD as u64;
-    let mut kept = Vec::new();
+    let (mut kept, mut small) = (Vec::new(), Vec::new());
     for image in images.values() {
         let bytes = match image.memfd() {
             _ if image.len() < SMALL => {
                 let begin = end;
-                end = copy(image, &record, begin)?;
+                end += image.len();
+                small.push((image, begin));
                 Place::Record(begin)
             }
             Ok(file) => Place::File(name(file)),
@@ -262,10 +261,16 @@ fn write(
         images: kept,
     };
     let text = serde_json::to_vec(&text)?;
+    let charge = quota.charge_now(Image::needs(end + text.len() as u64));
+    let charge = charge.map_err(io::Error::other)?;
+    let record: File = memfd::create(&format!("{} (record)", snapshot.id))?.into();
+    for (image, begin) in small {
+        copy(image, &record, begin)?;
+    }
     record.write_all_at(&text, end)?;
     let magic = if taken_ms.is_some() { MAGIC_OF_TAKEN } else { MAGIC };
     record.write_all_at(&[magic, end.to_le_bytes()].concat(), 0)?;
-    Ok(record)
+    Ok(Kept { record, charge })
 }
 
 /// What a record is charged for, in bytes.
@@ -273,8 +278,8 @@ fn len_of(record: &File) -> u64 {
     Image::needs(record.metadata().map_or(0, |metadata| metadata.len()))
 }
 
-/// Copies a small image to an offset of the record; returns where it ends.
-fn copy(image: &Image, record: &File, mut at: u64) -> io::Result<u64> {
+/// Copies a small image to an offset of the record.
+fn copy(image: &Image, record: &File, mut at: u64) -> io::Result<()> {
     let mut done = 0;
     while let Some(part) = image.part(done, SMALL) {
         let mut bytes = vec![0; usize::try_from(part.len).map_err(io::Error::other)?];
@@ -282,7 +287,7 @@ fn copy(image: &Image, record: &File, mut at: u64) -> io::Result<u64> {
         record.write_all_at(&bytes, at)?;
         (done, at) = (done + part.len, at + part.len);
     }
-    Ok(at)
+    Ok(())
 }
 
 fn pages_of(index: &Index, mut name: impl FnMut(&Rc<File>) -> String) -> Vec<(String, u64, u64)> {
@@ -333,7 +338,7 @@ fn images(text: &Text, record: &File, layers: &mut Layers<'_>) -> Result<Images,
         images.insert(kept.name.clone(), Rc::new(image));
     }
     // Whether it has an inventory was looked at when it came.
-    check(&images, true)?;
+    at_once(check(&images, true))?;
     Ok(images)
 }
 

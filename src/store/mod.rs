@@ -27,6 +27,7 @@ mod quota;
 mod rounds;
 mod snapshot;
 mod tally;
+mod turns;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -359,12 +360,10 @@ impl Store {
     /// Everything of a snapshot has come: checks it, and makes it whole or damaged. The error is the
     /// reason for the latter. What is `partial` need not be a checkpoint by itself. Its images are those of one
     /// dump from then on: what came in rounds, and what is in its [parent](Self::set_parent), is a part of them.
-    pub fn complete(&self, key: Key, partial: bool) -> Result<(), String> {
-        let whole = match self.snapshots.borrow().get(&key) {
-            Some(snapshot) => self.all_images(snapshot, partial),
-            None => Err(Refused::Dropped.to_string()),
-        };
-        match whole {
+    ///
+    /// Others have their turn while that is done; it may be dropped meanwhile.
+    pub async fn complete(&self, key: Key, partial: bool) -> Result<(), String> {
+        match self.all_images(key, partial).await {
             Ok(images) => {
                 let needs_view = needs_view::why(&images);
                 self.update(key, |snapshot| {
@@ -386,33 +385,30 @@ impl Store {
 
     /// The images of a snapshot of which everything has come, as if it was one dump: with the pages that came
     /// in rounds, or that are in its parent.
-    fn all_images(&self, snapshot: &Snapshot, partial: bool) -> Result<Rc<Images>, String> {
-        let State::Receiving(images) = &snapshot.state else {
-            return Err(Refused::Dropped.to_string());
-        };
-        if snapshot.pages.coming.is_some() {
-            return Err("its end came while a round of its pages was still coming".to_owned());
-        }
-        check::check(images, partial)?;
-        let mut images = images.clone();
-        let flat = match (&snapshot.pages.of_parent, snapshot.flat()) {
+    async fn all_images(&self, key: Key, partial: bool) -> Result<Rc<Images>, String> {
+        let (came, of_parent, flat) =
+            self.look(key, Snapshot::all_that_came).unwrap_or_else(dropped)?;
+        check::check(&came, partial).await?;
+        let mut images = came.clone();
+        let flat = match (&of_parent, &flat) {
             (Some(_), Some(_)) => {
                 return Err("its pages came in rounds, and it has a parent as well".to_owned());
             }
             (Some(parent), None) => {
-                let flat = flatten(&images, Some(parent))?;
+                let flat = flatten(&images, Some(parent)).await?;
                 take_out_pages(Rc::make_mut(&mut images));
                 Some(flat)
             }
-            (None, flat) => flat.cloned(),
+            (None, flat) => flat.clone(),
         };
         if let Some(flat) = &flat {
-            flat_images(flat, Rc::make_mut(&mut images), &self.quota)?;
+            flat_images(flat, Rc::make_mut(&mut images), &self.quota).await?;
         }
         if !partial {
             check::check_memory(&images)?;
         }
-        Ok(images)
+        let (now, ..) = self.look(key, Snapshot::all_that_came).unwrap_or_else(dropped)?;
+        if Rc::ptr_eq(&now, &came) { Ok(images) } else { dropped() }
     }
 
     /// A snapshot cannot be completed: its bytes are given back, its reason is kept. One that had pages
@@ -584,6 +580,10 @@ impl Store {
         }
         self.changed.send_replace(());
     }
+}
+
+fn dropped<T>() -> Result<T, String> {
+    Err(Refused::Dropped.to_string())
 }
 
 #[cfg(test)]

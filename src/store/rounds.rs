@@ -44,17 +44,26 @@ enum Base {
 impl Store {
     /// A round of a snapshot's pages begins. One snapshot has one at a time. Returns also the page spaces
     /// that its parent has.
-    pub fn begin_round(
+    ///
+    /// Others have their turn while the pages of a parent are looked for in its images.
+    pub async fn begin_round(
         &self,
         id: &str,
         sender: &Sender,
         parent: Option<&str>,
     ) -> Result<(ComingRound, Vec<Space>), Refused> {
-        let known = self.find(id, |known| known.next_round(sender)).transpose()?;
+        let next = || self.find(id, |known| known.next_round(sender)).transpose();
+        let of_other = match (next()?, parent) {
+            (None | Some(Base::Own(_) | Base::Other), Some(parent)) if parent != id => {
+                Some(self.pages_of(parent, sender.host).await?)
+            }
+            _ => None,
+        };
+        let known = next()?;
         let (parent, flat) = match (known.unwrap_or(Base::Other), parent) {
             (Base::Own(flat), Some(parent)) if parent == id => (None, Some(flat)),
             (Base::Own(_) | Base::Other, Some(parent)) if parent != id => {
-                (self.key_of(parent), Some(self.pages_of(parent, sender.host)?))
+                (self.key_of(parent), of_other)
             }
             _ => (None, None),
         };
@@ -136,17 +145,19 @@ impl Store {
     }
 
     /// The pages of a snapshot that `host` sent.
-    fn pages_of(&self, id: &str, host: Option<IpAddr>) -> Result<Flat<Space>, Refused> {
+    async fn pages_of(&self, id: &str, host: Option<IpAddr>) -> Result<Flat<Space>, Refused> {
         let sent = |key: &Key| self.look(*key, |known| known.sender.host == host) == Some(true);
-        let unknown = || Err("no such snapshot is held".to_owned());
-        let pages = self.key_of(id).filter(sent).map_or_else(unknown, |key| self.flat_of(key));
+        let pages = match self.key_of(id).filter(sent) {
+            Some(key) => self.flat_of(key).await,
+            None => Err("no such snapshot is held".to_owned()),
+        };
         pages.map_err(|why| Refused::NoParent { parent: id.to_owned(), why })
     }
 
     /// The images of a snapshot that begins have pages in `parent`, see [`Store::complete`].
-    pub fn set_parent(&self, key: Key, parent: &str) -> Result<(), Refused> {
+    pub async fn set_parent(&self, key: Key, parent: &str) -> Result<(), Refused> {
         let host = self.look(key, |snapshot| snapshot.sender.host).ok_or(Refused::Dropped)?;
-        let flat = self.pages_of(parent, host)?;
+        let flat = self.pages_of(parent, host).await?;
         self.update(key, |snapshot| snapshot.pages.of_parent = Some(flat));
         Ok(())
     }
@@ -206,6 +217,7 @@ mod tests {
     use super::super::pages::{PAGE, PageRange};
     use super::*;
     use crate::config::StoreSettings;
+    use crate::store::turns::at_once;
 
     const TASK: Space = Space::Task(7);
 
@@ -230,7 +242,7 @@ mod tests {
     }
 
     async fn round(store: &Store, id: &str, parent: Option<&str>, bytes: &[u8]) -> Option<String> {
-        let (mut coming, _) = store.begin_round(id, &sender(), parent).unwrap();
+        let (mut coming, _) = store.begin_round(id, &sender(), parent).await.unwrap();
         bring(store, &mut coming, 0x1000, bytes).await;
         store.complete_round(coming).unwrap()
     }
@@ -251,12 +263,12 @@ mod tests {
         assert_eq!((state(&store, "web").as_str(), store.quota().used()), ("paged", 3 * PAGE));
 
         // One that does not go on from it begins anew.
-        let (other, spaces) = store.begin_round("web", &sender(), None).unwrap();
+        let (other, spaces) = store.begin_round("web", &sender(), None).await.unwrap();
         assert_eq!(spaces, []);
         store.update(other.key, |snapshot| snapshot.pages.coming = None);
-        let (mut second, spaces) = store.begin_round("web", &sender(), Some("web")).unwrap();
+        let (mut second, spaces) = store.begin_round("web", &sender(), Some("web")).await.unwrap();
         assert_eq!(spaces, [TASK]);
-        let refused = store.begin_round("web", &sender(), None).unwrap_err();
+        let refused = store.begin_round("web", &sender(), None).await.unwrap_err();
         assert_eq!(refused, Refused::RoundUnderWay("web".to_owned()));
         bring(&store, &mut second, 0x1000, b"x").await;
         second.round.inherit(&TASK, PageRange::new(0x2000, 2).unwrap()).unwrap();
@@ -265,7 +277,7 @@ mod tests {
         assert_eq!((state(&store, "web").as_str(), store.quota().used()), ("paged", 3 * PAGE));
 
         // What came before is kept, and nothing can be based on it.
-        let (third, spaces) = store.begin_round("web", &sender(), Some("web")).unwrap();
+        let (third, spaces) = store.begin_round("web", &sender(), Some("web")).await.unwrap();
         assert_eq!(spaces, []);
         store.complete_round(third).unwrap();
         assert_eq!(store.quota().used(), 0);
@@ -274,11 +286,11 @@ mod tests {
     #[tokio::test]
     async fn a_first_round_that_fails_damages_its_snapshot() {
         let store = store();
-        let (coming, _) = store.begin_round("web", &sender(), None).unwrap();
+        let (coming, _) = store.begin_round("web", &sender(), None).await.unwrap();
         store.fail_round(&coming, "it was cut");
         assert_eq!(state(&store, "web"), "it was cut");
         // Another of that snapshot is another.
-        let (other, _) = store.begin_round("web", &sender(), None).unwrap();
+        let (other, _) = store.begin_round("web", &sender(), None).await.unwrap();
         assert!(store.complete_round(coming).is_err() && store.is_paging(&other));
         store.fail_round(&other, "it was cut, too");
         round(&store, "web", None, b"abc").await;
@@ -289,7 +301,7 @@ mod tests {
     async fn a_parent_of_pages_only_is_superseded_and_others_are_refused_by_name() {
         let store = store();
         round(&store, "web/1", None, b"abc").await;
-        let (mut second, _) = store.begin_round("web/2", &sender(), Some("web/1")).unwrap();
+        let (mut second, _) = store.begin_round("web/2", &sender(), Some("web/1")).await.unwrap();
         second.round.inherit(&TASK, PageRange::new(0x3000, 1).unwrap()).unwrap();
         bring(&store, &mut second, 0x1000, b"x").await;
         let superseded = store.complete_round(second).unwrap();
@@ -297,7 +309,7 @@ mod tests {
         assert_eq!(state(&store, "web/1"), "gone");
 
         let refused = |sender: &Sender, parent| {
-            store.begin_round("web/3", sender, Some(parent)).unwrap_err().to_string()
+            at_once(store.begin_round("web/3", sender, Some(parent))).unwrap_err().to_string()
         };
         let gone = "the parent web/1 cannot be used: no such snapshot is held";
         assert_eq!(refused(&sender(), "web/1"), gone);
@@ -326,8 +338,8 @@ mod tests {
         store.fail(key, "the link broke");
         assert_eq!((state(&store, "web").as_str(), store.quota().used()), ("paged", 3 * PAGE));
         let key = store.begin("web", &sender()).unwrap();
-        let (coming, _) = store.begin_round("web", &sender(), None).unwrap();
-        assert!(store.complete(key, true).unwrap_err().contains("a round of its pages"));
+        let (coming, _) = store.begin_round("web", &sender(), None).await.unwrap();
+        assert!(store.complete(key, true).await.unwrap_err().contains("a round of its pages"));
         store.complete_round(coming).unwrap();
         assert_eq!((state(&store, "web").as_str(), store.quota().used()), ("paged", 0));
 

@@ -7,16 +7,19 @@ use std::time::Instant;
 
 use tokio::sync::Mutex;
 
-use super::Key;
 use super::flatten::Flattened;
 use super::image::Image;
 use super::pages::{Flat, PAGE};
+use super::{Key, Refused};
 use crate::criu::pages::Space;
 use crate::sys::clock::now_ms;
 use crate::timeline::{PhaseName, Timeline};
 
 /// The images of a snapshot by name.
 pub type Images = BTreeMap<String, Rc<Image>>;
+
+/// What has come of a snapshot: its images, the pages of its parent, and those of its rounds.
+pub(super) type Came = (Rc<Images>, Option<Flat<Space>>, Option<Flat<Space>>);
 
 /// How many images, and how many bytes in them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -230,6 +233,18 @@ impl Snapshot {
     /// Its pages that came in rounds, until it is whole; `None` if no round has come yet.
     pub fn flat(&self) -> Option<&Flat<Space>> {
         self.pages.flat.as_ref()
+    }
+
+    /// What has come of it: its images, the pages of its parent, and those of its rounds. The error is why that is not
+    /// all of it.
+    pub(super) fn all_that_came(&self) -> Result<Came, String> {
+        let State::Receiving(images) = &self.state else {
+            return Err(Refused::Dropped.to_string());
+        };
+        if self.pages.coming.is_some() {
+            return Err("its end came while a round of its pages was still coming".to_owned());
+        }
+        Ok((images.clone(), self.pages.of_parent.clone(), self.pages.flat.clone()))
     }
 
     /// How many bytes of pages came in rounds and are held.

@@ -29,7 +29,7 @@ async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) -> Result<(), Ex
 async fn whole(store: &Rc<Store>, id: &str) -> Key {
     let key = store.begin(id, &from("a")).unwrap();
     add(store, key, "inventory.img", RECORDS).await.unwrap();
-    store.complete(key, false).unwrap();
+    store.complete(key, false).await.unwrap();
     key
 }
 
@@ -61,7 +61,7 @@ async fn a_task_with_memory_and_no_pages_damages_its_snapshot() {
         add(&store, key, "mm-7.img", RECORDS).await.unwrap();
         add(&store, key, pagemap, RECORDS).await.unwrap();
         add(&store, key, "inventory.img", RECORDS).await.unwrap();
-        assert_eq!(store.complete(key, false).is_ok(), whole);
+        assert_eq!(store.complete(key, false).await.is_ok(), whole);
     }
     assert!(reason(&store, "web").starts_with("there are no pages of task 7"));
 }
@@ -72,7 +72,7 @@ async fn a_set_without_an_inventory_is_damaged_and_gives_its_bytes_back() {
     let key = store.begin("web", &from("a")).unwrap();
     add(&store, key, "pages-1.img", &[7; 9000]).await.unwrap();
     assert_eq!(store.quota().used(), 12288);
-    store.complete(key, false).unwrap_err();
+    store.complete(key, false).await.unwrap_err();
     assert_eq!(reason(&store, "web"), "there is no inventory.img: the dump did not succeed");
     assert_eq!(store.quota().used(), 0);
     let counts = store.find("web", Snapshot::counts).unwrap();
@@ -90,13 +90,13 @@ async fn an_image_cut_short_or_not_ended_damages_its_snapshot() {
         let key = store.begin("web", &from("a")).unwrap();
         add(&store, key, "inventory.img", RECORDS).await.unwrap();
         add(&store, key, name, bytes).await.unwrap();
-        let said = store.complete(key, false).unwrap_err();
+        let said = store.complete(key, false).await.unwrap_err();
         assert!(said.starts_with(expected), "{said}");
     }
     let key = store.begin("web", &from("a")).unwrap();
     add(&store, key, "inventory.img", RECORDS).await.unwrap();
     store.begin_image(key, "core-7.img", false).unwrap();
-    assert_eq!(store.complete(key, false).unwrap_err(), "image core-7.img has not ended");
+    assert_eq!(store.complete(key, false).await.unwrap_err(), "image core-7.img has not ended");
 }
 
 #[tokio::test]
@@ -108,7 +108,7 @@ async fn a_restore_waits_until_its_snapshot_is_whole() {
     let early = tokio::time::timeout(Duration::from_millis(20), claim.images()).await;
     assert!(early.is_err());
     add(&store, key, "inventory.img", RECORDS).await.unwrap();
-    store.complete(key, false).unwrap();
+    store.complete(key, false).await.unwrap();
     assert_eq!(claim.images().await.unwrap().len(), 1);
     claim.taken();
     assert_eq!(state(&store, "web"), "taken");
@@ -317,7 +317,7 @@ async fn an_image_that_is_appended_to_goes_on_and_one_that_is_written_again_begi
     add(&store, key, "a.img", b"one").await.unwrap();
     let image = store.begin_image(key, "a.img", true).unwrap();
     assert_eq!((image.len(), image.is_whole()), (3, false));
-    assert_eq!(store.complete(key, true).unwrap_err(), "image a.img has not ended");
+    assert_eq!(store.complete(key, true).await.unwrap_err(), "image a.img has not ended");
 
     let key = store.begin("web", &from("a")).unwrap();
     add(&store, key, "a.img", b"one").await.unwrap();
@@ -330,7 +330,7 @@ async fn a_partial_snapshot_needs_no_inventory() {
     let store = store(1 << 20);
     let key = store.begin("1", &from("a")).unwrap();
     add(&store, key, "pages-1.img", &[7; 9000]).await.unwrap();
-    store.complete(key, true).unwrap();
+    store.complete(key, true).await.unwrap();
     assert_eq!(state(&store, "1"), "whole");
 }
 
@@ -362,4 +362,104 @@ async fn the_lists_are_bounded() {
         store.append_to_list(key, list).unwrap();
     }
     assert_eq!(store.append_to_list(key, "c"), Err(Refused::ListsTooLong(2)));
+}
+
+/// How long this thread has computed: what others on the machine do is not in it.
+fn computed() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.try_into().unwrap()
+}
+
+/// Does something while others want their turn; returns the longest time that was computed without any, and what
+/// came of it.
+async fn longest_wait<T>(work: impl Future<Output = T>) -> (Duration, T) {
+    let (longest, seen) = (Rc::new(Cell::new(Duration::ZERO)), Cell::new(computed()));
+    let told = longest.clone();
+    let tasks = tokio::task::LocalSet::new();
+    let _releasing = tasks.spawn_local(pages::release_in_turns());
+    let _ticking = tasks.spawn_local(async move {
+        loop {
+            let now = computed();
+            told.set(told.get().max(now.saturating_sub(seen.replace(now))));
+            tokio::task::yield_now().await;
+        }
+    });
+    let done = tasks.run_until(work).await;
+    (longest.get(), done)
+}
+
+/// An image whose bytes need not be there.
+async fn add_sparse(store: &Store, key: Key, name: &str, len: u64) {
+    let image = store.begin_image(key, name, false).unwrap();
+    store.charge(key, &image, len).await.unwrap();
+    image.file().set_len(len).unwrap();
+    image.grown_to(len);
+    image.end();
+}
+
+/// A pagemap of so many pages, of which the odd ones are in the parent if there is one.
+fn pagemap(pages: u64, has_parent: bool) -> Vec<u8> {
+    use crate::criu::pagemap::Pagemap;
+    use crate::criu::pages::{Contents, Run};
+    let mut pagemap = Pagemap::new(1);
+    let mut push = |page: u64, count, contents| {
+        pagemap.push(Run::new(page * pages::PAGE, count, contents).unwrap());
+    };
+    let present = Contents::Present { lazy: false };
+    if has_parent {
+        for page in (0..pages).step_by(2) {
+            push(page, 1, present);
+            push(page + 1, 1, Contents::Parent);
+        }
+    } else {
+        push(0, pages, present);
+    }
+    pagemap.encode()
+}
+
+/// Ten times what was seen; 0.1.0 stands still for seconds.
+const TURN: Duration = Duration::from_millis(50);
+
+#[tokio::test]
+async fn others_have_their_turn_while_images_get_the_pages_of_a_parent_that_they_cut_to_pieces() {
+    const PAGES: u64 = 1 << 17;
+    let store = store(u64::MAX);
+    let pagemaps = [pagemap(PAGES, false), pagemap(PAGES, true)];
+    let (longest, ()) = longest_wait(async {
+        let ids = [("web/1", None), ("web/2", Some("web/1"))];
+        for ((id, parent), pagemap) in ids.into_iter().zip(pagemaps) {
+            let key = store.begin(id, &from("a")).unwrap();
+            let has = if parent.is_some() { PAGES / 2 } else { PAGES };
+            add(&store, key, "pagemap-7.img", &pagemap).await.unwrap();
+            add_sparse(&store, key, "pages-1.img", has * pages::PAGE).await;
+            if let Some(parent) = parent {
+                store.set_parent(key, parent).await.unwrap();
+            }
+            store.complete(key, true).await.unwrap();
+        }
+        assert_eq!(store.flat_of(store.key_of("web/2").unwrap()).await.unwrap().pages(), PAGES);
+        store.drop_snapshot("web/1");
+        store.drop_snapshot("web/2");
+        // They are charged for until they have been let go.
+        while store.quota().used() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(longest < TURN, "{longest:?}");
+}
+
+#[tokio::test]
+async fn others_have_their_turn_while_records_are_counted() {
+    let store = store(u64::MAX);
+    let key = store.begin("web", &from("a")).unwrap();
+    add(&store, key, "inventory.img", RECORDS).await.unwrap();
+    let image = store.begin_image(key, "core-7.img", false).unwrap();
+    image.file().write_all(&RECORDS[..8]).unwrap();
+    // Zeros are empty records.
+    image.file().set_len(256 << 20).unwrap();
+    image.grown_to(256 << 20);
+    image.end();
+    let (longest, whole) = longest_wait(store.complete(key, false)).await;
+    assert!(whole.is_ok() && longest < TURN, "{longest:?}");
 }

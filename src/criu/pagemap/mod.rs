@@ -12,6 +12,8 @@
 
 mod entry;
 
+use std::io::{self, Read};
+
 use prost::bytes::{Buf, BufMut};
 
 use self::entry::Entry;
@@ -93,6 +95,117 @@ pub enum NotUnderstood {
     /// More pages than a file can hold.
     #[error("the entries have more than 2^64 bytes")]
     TooLong,
+}
+
+/// Why an image cannot be [read](Entries).
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    /// It is wrong.
+    #[error("{0}")]
+    Bad(#[from] BadPagemap),
+    /// It says what is not known here.
+    #[error("not understood: {0}")]
+    NotUnderstood(#[from] NotUnderstood),
+    /// No record that CRIU writes has a hundredth of this.
+    #[error("the record at byte {at} has {len} bytes, more than {RECORD_MAX} are not looked into")]
+    RecordTooLarge {
+        /// Where the record begins.
+        at: usize,
+        /// Its length.
+        len: usize,
+    },
+    /// It could not be read.
+    #[error("it cannot be read: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A record that is longer, in bytes, is not read into memory.
+const RECORD_MAX: usize = 64 << 10;
+
+/// An image that is read entry by entry: what it says may take many times the memory that it has itself.
+#[derive(Debug)]
+pub struct Entries<R> {
+    image: R,
+    len: u64,
+    /// Where the next record begins.
+    at: u64,
+    record: Vec<u8>,
+    /// The number of the pages image.
+    pub pages_id: u32,
+    /// Where the pages of the last entry end.
+    end: u64,
+    /// The size of the pages image, in bytes, as far as the entries have been read.
+    pub pages_len: u64,
+}
+
+impl<R: Read> Entries<R> {
+    /// Begins to read an image of `len` bytes.
+    pub fn begin(image: R, len: u64) -> Result<Entries<R>, Unreadable> {
+        let (record, at) = (Vec::new(), 0);
+        let mut entries = Entries { image, len, at, record, pages_id: 0, end: 0, pages_len: 0 };
+        for magic in MAGICS {
+            if len < 8 || entries.read_u32()? != magic {
+                return Err(BadPagemap::Magic.into());
+            }
+        }
+        let at = entries.read_record()?.ok_or(BadPagemap::NoHead)?;
+        let head = Pagemap::decode_head(&entries.record, at)?;
+        if let Some(field) = head.unknown.first {
+            return Err(NotUnderstood::Head(field).into());
+        }
+        entries.pages_id = head.pages_id;
+        Ok(entries)
+    }
+
+    /// The next pages, in the order of their addresses; `None` at the image's end.
+    pub fn next_placed(&mut self) -> Result<Option<Placed>, Unreadable> {
+        let Some(at) = self.read_record()? else { return Ok(None) };
+        let run = Entry::decode(&self.record, at)?.run()?;
+        let (address, offset) = (run.address(), self.pages_len);
+        if address < self.end {
+            return Err(NotUnderstood::Backwards { address, end: self.end }.into());
+        }
+        self.end = run.end();
+        let len = offset.checked_add(run.payload_len());
+        self.pages_len = len.ok_or(NotUnderstood::TooLong)?;
+        Ok(Some(Placed { run, offset }))
+    }
+
+    /// Reads a record, and returns where it begins; `None` at the image's end.
+    fn read_record(&mut self) -> Result<Option<usize>, Unreadable> {
+        let at = usize::try_from(self.at).unwrap_or(usize::MAX);
+        let left = self.len - self.at;
+        if left == 0 {
+            return Ok(None);
+        }
+        if left < 4 {
+            return Err(BadPagemap::Cut(at).into());
+        }
+        let len = self.read_u32()?;
+        if u64::from(len) > left - 4 {
+            return Err(BadPagemap::Cut(at).into());
+        }
+        let len = len as usize;
+        if len > RECORD_MAX {
+            return Err(Unreadable::RecordTooLarge { at, len });
+        }
+        self.record.resize(len, 0);
+        self.image.read_exact(&mut self.record)?;
+        self.at += len as u64;
+        Ok(Some(at))
+    }
+
+    fn read_u32(&mut self) -> io::Result<u32> {
+        let mut bytes = [0; 4];
+        self.image.read_exact(&mut bytes)?;
+        self.at += 4;
+        Ok(u32::from_le_bytes(bytes))
+    }
+}
+
+/// Appends to an image of which some has been written, [its head](Pagemap::encode) first: an entry.
+pub fn put_entry(image: &mut Vec<u8>, run: Run) {
+    put_record(image, &Entry::new(run).encode());
 }
 
 /// A pagemap image.
@@ -246,6 +359,26 @@ mod tests {
         Pagemap::decode(&image(&[b"\x08\x01", entry])).unwrap().layout()
     }
 
+    /// What an image means that is read entry by entry.
+    fn by_entry(image: &[u8]) -> Result<Layout, Unreadable> {
+        let mut entries = Entries::begin(image, image.len() as u64)?;
+        let mut runs = Vec::new();
+        while let Some(placed) = entries.next_placed()? {
+            runs.push(placed);
+        }
+        Ok(Layout { runs, pages_len: entries.pages_len })
+    }
+
+    #[test]
+    fn a_record_that_is_too_large_is_not_read() {
+        let mut large = image(&[b"\x08\x01"]);
+        put_record(&mut large, &[0; RECORD_MAX + 1]);
+        assert_eq!(
+            by_entry(&large).unwrap_err().to_string(),
+            "the record at byte 14 has 65537 bytes, more than 65536 are not looked into"
+        );
+    }
+
     #[test]
     fn the_bytes_are_crius() {
         let mut pagemap = Pagemap::new(1);
@@ -365,7 +498,10 @@ mod tests {
             let layout = pagemap.layout().unwrap();
             let payload: u64 = runs.iter().map(Run::payload_len).sum();
             prop_assert_eq!(layout.pages_len, payload);
-            prop_assert_eq!(layout.runs.iter().map(|placed| placed.run).collect::<Vec<_>>(), runs);
+            prop_assert_eq!(&layout.runs.iter().map(|placed| placed.run).collect::<Vec<_>>(), &runs);
+            let mut written = Pagemap::new(pages_id).encode();
+            runs.iter().for_each(|run| put_entry(&mut written, *run));
+            prop_assert_eq!(written, pagemap.encode());
         }
 
         #[test]
@@ -376,14 +512,19 @@ mod tests {
             let at = at.index(bytes.len());
             bytes[at] = byte;
             if let Ok(read) = Pagemap::decode(&bytes) {
-                let _ = read.layout();
+                let (layout, by_entry) = (read.layout(), by_entry(&bytes));
+                prop_assert_eq!(by_entry.as_ref().ok(), layout.as_ref().ok());
+                prop_assert_eq!(by_entry.is_err(), layout.is_err());
                 prop_assert_eq!(Pagemap::decode(&read.encode()), Ok(read));
+            } else {
+                prop_assert!(by_entry(&bytes).is_err());
             }
         }
 
         #[test]
         fn no_bytes_make_the_decoder_panic(bytes: Vec<u8>) {
             let _ = Pagemap::decode(&bytes);
+            let _ = by_entry(&[MAGIC, &bytes].concat());
             if let Ok(read) = Pagemap::decode(&[MAGIC, &bytes].concat()) {
                 let _ = read.layout();
             }

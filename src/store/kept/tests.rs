@@ -1,3 +1,4 @@
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use super::*;
@@ -41,7 +42,7 @@ async fn whole(store: &Rc<Store>, id: &str, images: &[(&str, Vec<u8>)]) -> Key {
     for (name, bytes) in images {
         add(store, key, name, bytes).await;
     }
-    store.complete(key, false).unwrap();
+    store.complete(key, false).await.unwrap();
     key
 }
 
@@ -63,7 +64,7 @@ fn two_rounds(store: &Store) -> Images {
     }
     next.inherit(&TASK, PageRange::new(63 * PAGE, 1).unwrap()).unwrap();
     let mut images = Images::new();
-    flat_images(&next.commit().unwrap(), &mut images, store.quota()).unwrap();
+    at_once(flat_images(&next.commit().unwrap(), &mut images, store.quota())).unwrap();
     images
 }
 
@@ -339,7 +340,7 @@ async fn only_what_can_be_restored_is_kept() {
     assert!(store.keep(key, |_| unreachable!()).is_none());
     assert!(store.restorable().is_empty());
     add(&store, key, "inventory.img", RECORDS).await;
-    store.complete(key, false).unwrap();
+    store.complete(key, false).await.unwrap();
     assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
     store.claim(key, Permission::default()).unwrap().taken();
     assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
@@ -352,7 +353,7 @@ async fn what_was_taken_is_held_again_as_that_for_the_rest_of_its_time() {
     let before = store();
     let key = before.begin("web", &sender()).unwrap();
     add(&before, key, "inventory.img", RECORDS).await;
-    before.complete(key, false).unwrap();
+    at_once(before.complete(key, false)).unwrap();
     before.claim(key, Permission::default()).unwrap().taken();
     let kept = before.keep(key, |_| unreachable!()).unwrap().unwrap();
     let mut head = [0; 8];
@@ -378,4 +379,40 @@ async fn what_was_taken_is_held_again_as_that_for_the_rest_of_its_time() {
     let later = |seconds| std::time::Instant::now() + Duration::from_secs(seconds);
     assert!(after.expire(later(50)).is_empty());
     assert_eq!(after.expire(later(61)).len(), 1, "store.keep goes on where it was");
+}
+
+#[tokio::test]
+async fn small_images_are_not_copied_where_there_is_no_room_for_them() {
+    // Room for all images, and for the records of some.
+    const IMAGE: u64 = 60 * 1024;
+    let quota = 40 * IMAGE;
+    let store = Store::new(StoreSettings { max_bytes: quota, ..StoreSettings::default() });
+    let (mut kept, mut refused) = (Vec::new(), Vec::new());
+    for snapshot in 0..3 {
+        let key = store.begin(&format!("web/{snapshot}"), &Sender::default()).unwrap();
+        for image in 0..10 {
+            let image = store.begin_image(key, &format!("sk-queues-{image}.img"), false).unwrap();
+            store.charge(key, &image, IMAGE).await.unwrap();
+            image.file().write_all_at(&bytes(IMAGE, snapshot), 0).unwrap();
+            image.grown_to(IMAGE);
+            image.end();
+        }
+        store.complete(key, true).await.unwrap();
+    }
+    for (key, ..) in store.restorable() {
+        match store.keep(key, |_| panic!("all of them are small")).unwrap() {
+            Ok(record) => kept.push(record),
+            Err(why) => refused.push(why.to_string()),
+        }
+        assert!(store.quota().used() <= quota);
+    }
+    // Three times ten images have 30 of the 40, and a record has ten and its text.
+    assert_eq!((kept.len(), refused.len()), (0, 3));
+    assert!(refused[0].contains("(store.max-bytes) are held"), "{refused:?}");
+    store.drop_snapshot("web/0");
+    let (key, ..) = store.restorable().remove(0);
+    let record = store.keep(key, |_| panic!("all of them are small")).unwrap().unwrap();
+    let held = record.record.metadata().unwrap().blocks() * 512;
+    assert_eq!(record.charge.bytes(), held);
+    assert_eq!(store.quota().used(), 20 * IMAGE + held);
 }

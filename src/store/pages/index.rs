@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::layer::{Layer, Run};
+use super::release::release;
 use super::tree::{Runs, Tree};
 use crate::criu::pages::PageRange;
 
@@ -121,14 +122,20 @@ impl Index {
     }
 
     /// Adds all pages of a range that is [free](Self::free).
-    pub(super) fn put(&mut self, range: PageRange, pages: Index) {
+    pub(super) fn put(&mut self, range: PageRange, mut pages: Index) {
         let (before, after) = (self.0.until(range.start), self.0.from(range.start));
-        self.0 = Tree::concat(Tree::concat(before, pages.0), after);
+        self.0 = Tree::concat(Tree::concat(before, std::mem::take(&mut pages.0)), after);
     }
 
     #[cfg(test)]
     pub(super) fn check(&self) {
         self.0.check();
+    }
+}
+
+impl Drop for Index {
+    fn drop(&mut self) {
+        release(std::mem::take(&mut self.0));
     }
 }
 

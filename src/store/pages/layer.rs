@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
+use super::release::release_hold;
 use super::seen::Seen;
 use super::{PAGE, PageRange};
 use crate::store::quota::{Charge, Quota};
@@ -127,7 +128,7 @@ impl Layer {
 
     /// A run no longer sees its pages. What the kernel would not take back stays charged until the layer is
     /// closed.
-    fn release(&self, offset: u64, pages: u64) {
+    pub(super) fn release(&self, offset: u64, pages: u64) {
         let mut charge = self.charge.borrow_mut();
         for unseen in self.seen.borrow_mut().remove(offset..offset + pages) {
             let bytes = (unseen.end - unseen.start) * PAGE;
@@ -215,7 +216,7 @@ impl Drop for Run {
     fn drop(&mut self) {
         // The last one need not punch a file that is closed with it.
         if Rc::strong_count(&self.layer) > 1 {
-            self.layer.release(self.offset, self.range.pages());
+            release_hold(&self.layer, self.offset, self.range.pages());
         }
     }
 }

@@ -32,6 +32,7 @@
 mod flat;
 mod index;
 mod layer;
+mod release;
 mod round;
 mod seen;
 mod tree;
@@ -41,6 +42,7 @@ pub use crate::criu::pages::{PAGE_SIZE as PAGE, PageRange};
 pub use flat::Flat;
 pub use index::{Index, Part, Parts};
 pub use layer::{Layer, Run};
+pub use release::release_in_turns;
 pub use round::{Place, Refused, Round};
 pub use tree::Runs;
 

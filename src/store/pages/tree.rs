@@ -41,6 +41,17 @@ impl Tree {
         self.0.is_none()
     }
 
+    /// Whether there is no other that has all of it.
+    pub(super) fn is_held_once(&self) -> bool {
+        self.0.as_ref().is_some_and(|node| Rc::strong_count(node) == 1)
+    }
+
+    /// Lets go of one run, and returns what lies on both sides of it; `None` if somebody else holds them all.
+    pub(super) fn release_first(self) -> Option<(Tree, Tree)> {
+        let Node { left, right, .. } = Rc::into_inner(self.0?)?;
+        Some((left, right))
+    }
+
     /// How many runs.
     pub(super) fn runs(&self) -> usize {
         self.0.as_ref().map_or(0, |node| node.runs)
