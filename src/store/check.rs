@@ -50,7 +50,7 @@ const RECORDS: u64 = 4096;
 
 async fn records(image: &Image, turns: &mut Turns) -> Result<u64, String> {
     let cut = |error| format!("image {} is cut short: {error}", image.name());
-    let mut walk = Walk::begin(image.from_start(), image.len()).map_err(cut)?;
+    let mut walk = Walk::begin(image.reader(), image.len()).map_err(cut)?;
     loop {
         if let Some(records) = walk.go_on(RECORDS).map_err(cut)? {
             return Ok(records);

@@ -51,7 +51,7 @@ pub(super) async fn flatten(
             return Err(wrong(&more));
         }
         // Entry by entry: all of them at once would take several times the memory of the image.
-        let mut entries = Entries::begin(image.from_start(), len).map_err(|error| wrong(&error))?;
+        let mut entries = Entries::begin(image.reader(), len).map_err(|error| wrong(&error))?;
         let pages_id = entries.pages_id;
         let source = images.get(&pages_image(pages_id)).map(|image| &**image);
         while let Some(placed) = entries.next_placed().map_err(|error| wrong(&error))? {

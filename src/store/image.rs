@@ -276,7 +276,7 @@ pub(super) struct FromStart<'a> {
 
 impl Image {
     /// Reads an image that is in a memfd of its own, in large pieces.
-    pub(super) fn from_start(&self) -> BufReader<FromStart<'_>> {
+    pub(super) fn reader(&self) -> BufReader<FromStart<'_>> {
         BufReader::with_capacity(READ, FromStart { file: self.file(), at: 0 })
     }
 }
