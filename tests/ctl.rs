@@ -50,6 +50,7 @@ impl Store {
             begun_ms: 1_000,
             ended_ms: 3_000,
             needs_view: String::new(),
+            memory_may_have_changed: None,
         };
         self.lock().insert(id.to_owned(), Held { snapshot, images });
     }

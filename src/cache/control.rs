@@ -15,7 +15,9 @@ use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
-use crate::store::{Claim, Image, Key, NoFiles, Permission, Refused, Snapshot, State};
+use crate::store::{
+    Claim, Image, Key, Memory, NoFiles, Permission, Refused, Snapshot, State, Unavailable,
+};
 use crate::timeline::Phase;
 
 /// What answers the control socket.
@@ -125,6 +127,18 @@ impl Backend for Control {
         Ok(())
     }
 
+    fn accept_changed_memory(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
+        let key = self.0.store.key_of(id).ok_or(Refusal::NoSuchSnapshot)?;
+        if self.0.store.accept_changed_memory(key) {
+            tracing::warn!(
+                message_id = journal::MEMORY_ACCEPTED,
+                criu_snapshot = id,
+                "snapshot {id} is given to restores though its memory may have changed: {peer} accepts that"
+            );
+        }
+        Ok(())
+    }
+
     async fn prepare_view(&self, id: &str) -> Result<(), Refusal> {
         let key = self.0.store.key_of(id).ok_or(Refusal::NoSuchSnapshot)?;
         let prepared = self.0.store.files(key).await;
@@ -133,6 +147,9 @@ impl Backend for Control {
 
     fn view(&self, id: &str) -> Result<Vec<ImageFile>, Refusal> {
         let files = |snapshot: &Snapshot| match &snapshot.state {
+            State::Whole(_) | State::Taken(_) if snapshot.memory == Memory::MayHaveChanged => {
+                Err(Refusal::Refused(Unavailable::ChangedMemory(id.to_owned()).to_string()))
+            }
             State::Whole(images) | State::Taken(images) => {
                 images.values().map(|image| image_file(image)).collect()
             }
@@ -239,5 +256,6 @@ fn describe(snapshot: &Snapshot) -> model::Snapshot {
         begun_ms: snapshot.begun_ms,
         ended_ms: snapshot.ended_ms,
         needs_view: snapshot.needs_view.clone().unwrap_or_default(),
+        memory_may_have_changed: (snapshot.memory != Memory::AsFrozen).then_some(true),
     }
 }

@@ -18,7 +18,7 @@ use crate::criu::pages::{Run, Space};
 use crate::daemon::journal;
 use crate::daemon::sessions::Session;
 use crate::metrics::refusals::Reason;
-use crate::store::{Image, Key, Refused, Sender, Store, one_more};
+use crate::store::{Image, Key, Memory, Refused, Sender, Store, one_more};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
     ImageAck, ImageReady, Message, REGIONS_MAX, SnapshotAck, SnapshotReady,
@@ -138,7 +138,10 @@ impl<'a> Incoming<'a> {
                 let (store, host) = (self.cache.store.clone(), self.sender.host);
                 self.owe(async move { regions::answer_pages(&store, host, &request).await })?;
             }
-            Action::Complete { snapshot, images, bytes, partial } => {
+            Action::Complete { snapshot, images, bytes, partial, memory_may_have_changed } => {
+                if memory_may_have_changed {
+                    self.mark_memory(snapshot);
+                }
                 self.complete(snapshot, (images, bytes), partial).await;
             }
             Action::Damaged { snapshot, reason, by_peer } => {
@@ -361,6 +364,13 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
+    /// The sender says that the memory in a snapshot may have changed before it was copied.
+    fn mark_memory(&self, snapshot: u32) {
+        if let Some(arriving) = self.snapshots.get(&snapshot) {
+            self.store.mark_memory(arriving.key);
+        }
+    }
+
     async fn complete(&mut self, snapshot: u32, (images, bytes): (u64, u64), partial: bool) {
         // It stays known until then: whoever ends the link meanwhile ends it, too.
         let Some(key) = self.snapshots.get(&snapshot).map(|arriving| arriving.key) else { return };
@@ -381,6 +391,14 @@ impl<'a> Incoming<'a> {
                     criu_seconds = seconds,
                     "snapshot {id} is whole: {bytes} bytes in {images} images, {seconds:.2} s"
                 );
+                if self.store.memory(key) == Some(Memory::MayHaveChanged) {
+                    tracing::warn!(
+                        message_id = journal::MEMORY_MAY_HAVE_CHANGED,
+                        criu_snapshot = id,
+                        "the memory in snapshot {id} may have changed before it was copied: no restore gets it \
+                         without --accept-changed-memory; give criu dump --action-script criu-imagectl"
+                    );
+                }
                 let ack = SnapshotAck { snapshot, images, bytes };
                 self.answer(Message::SnapshotAck(ack));
                 // Not before: at the source the process is frozen until the answer has come.

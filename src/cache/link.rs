@@ -18,7 +18,7 @@ use crate::sys::clock::host_name;
 use crate::sys::connected::Stream;
 use crate::wire::frame::BadFrame;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
-use crate::wire::message::{Message, Welcome};
+use crate::wire::message::{MEMORY_MAY_HAVE_CHANGED, Message, Welcome};
 use crate::wire::receiver::{Limits, Violation};
 
 use super::Cache;
@@ -142,7 +142,8 @@ async fn welcome(
             let kind = message.kind().as_str_name();
             return Err(Over::Refused(Reason::Protocol, format!("a {kind} instead of a HELLO")));
         };
-        let welcome = Welcome { name: host_name(), features: Vec::new() };
+        let features = vec![MEMORY_MAY_HAVE_CHANGED.to_owned()];
+        let welcome = Welcome { name: host_name(), features };
         writer.send(&Message::Welcome(welcome)).await.map_err(LaneError::from)?;
         Ok(printable(&hello.name))
     };

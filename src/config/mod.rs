@@ -25,8 +25,8 @@ mod tests;
 pub use error::{ConfigError, Problem};
 pub use settings::{
     CacheLinkSettings, CachePagesSettings, CacheRemoteSettings, CacheSettings, Keep, LinkSettings,
-    LogSettings, MetricsSettings, ProxyPagesSettings, ProxyRemoteSettings, ProxySettings, Reads,
-    SessionSettings, StoreSettings,
+    LogSettings, MemorySettings, MetricsSettings, ProxyPagesSettings, ProxyRemoteSettings,
+    ProxySettings, Reads, SessionSettings, StoreSettings,
 };
 pub use shared::Shared;
 pub use words::Endpoint;

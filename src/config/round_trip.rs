@@ -43,6 +43,12 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn memory()(max_bytes in (1u64 << 20)..(1 << 50)) -> MemorySettings {
+        MemorySettings { max_bytes }
+    }
+}
+
+prop_compose! {
     fn sessions()(
         max in count(), request_timeout in span(), stall_timeout in span(),
         pipe_size in 4096..=1u64 << 30,
@@ -110,13 +116,13 @@ prop_compose! {
     fn proxy()(
         cache in address(), insecure: bool, work_dir in "/[^\\x00]{0,15}", name in "[a-z._-]{0,64}",
         allow_uids in proptest::collection::vec(0..u32::MAX, 0..4),
-        link in link(), sessions in sessions(), remote in proxy_remote(), log in log(), daemon: bool, pidfile in file(),
+        link in link(), sessions in sessions(), memory in memory(), remote in proxy_remote(), log in log(), daemon: bool, pidfile in file(),
         listen in pages(), metrics in metrics(),
     ) -> ProxySettings {
         let work_dir = work_dir.into();
         let pages = ProxyPagesSettings { listen };
         ProxySettings {
-            cache, insecure, work_dir, daemon, pidfile, name, allow_uids, link, sessions, remote, pages, metrics, log,
+            cache, insecure, work_dir, daemon, pidfile, name, allow_uids, link, sessions, memory, remote, pages, metrics, log,
         }
     }
 }

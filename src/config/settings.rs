@@ -15,6 +15,9 @@ type PipeSize = Size<{ 4 << 10 }, { 1 << 30 }>;
 /// The payload of one frame.
 type ChunkSize = Size<{ 64 << 10 }, { 16 << 20 }>;
 
+/// What the proxy may hold: at least one large pipe.
+type HeldSize = Size<{ 1 << 20 }, { 1 << 50 }>;
+
 /// The settings of `criu-image-proxy`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -46,6 +49,8 @@ pub struct ProxySettings {
     pub link: LinkSettings,
     /// The CRIU runs that are connected.
     pub sessions: SessionSettings,
+    /// The memory for pages that wait to be sent.
+    pub memory: MemorySettings,
     /// The clients of the remote protocol.
     pub remote: ProxyRemoteSettings,
     /// CRIU's page server protocol.
@@ -68,6 +73,7 @@ impl Default for ProxySettings {
             allow_uids: Vec::new(),
             link: LinkSettings::default(),
             sessions: SessionSettings::default(),
+            memory: MemorySettings::default(),
             remote: ProxyRemoteSettings::default(),
             pages: ProxyPagesSettings::default(),
             metrics: MetricsSettings::default(),
@@ -138,6 +144,21 @@ impl Default for SessionSettings {
             stall_timeout: Duration::from_secs(120),
             pipe_size: 1 << 20,
         }
+    }
+}
+
+/// `[memory]` of the proxy: what it copies of processes before it is sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MemorySettings {
+    /// How many bytes of pages may wait to be sent, copied, while CRIU writes on: 1 MiB or more. At the limit CRIU waits.
+    #[serde(with = "As::<HeldSize>")]
+    pub max_bytes: u64,
+}
+
+impl Default for MemorySettings {
+    fn default() -> Self {
+        Self { max_bytes: 1 << 30 }
     }
 }
 

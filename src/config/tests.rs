@@ -293,6 +293,7 @@ fn printed() {
          ack-timeout = \"1min\"\nmax-chunk = \"1M\"\n\n\
          [sessions]\nmax = 1024\nrequest-timeout = \"10s\"\nstall-timeout = \"2min\"\n\
          pipe-size = \"1M\"\n\n\
+         [memory]\nmax-bytes = \"1G\"\n\n\
          [remote]\nmax = 4096\nidle-timeout = \"1h\"\nreads = \"socket\"\n\
          historical-endings = false\n\n\
          [pages]\nlisten = \"127.0.0.1:9997\"\n\n\

@@ -17,12 +17,16 @@ pub(super) mod method {
     pub(in super::super) const OPEN: &str = "org.criu.ImageRelay.Open";
     pub(in super::super) const OPEN_PAGES: &str = "org.criu.ImageRelay.OpenPages";
     pub(in super::super) const VIEW: &str = "org.criu.ImageRelay.View";
+    pub(in super::super) const ACCEPT_CHANGED_MEMORY: &str =
+        "org.criu.ImageRelay.AcceptChangedMemory";
+    pub(in super::super) const EXPECT_DUMP: &str = "org.criu.ImageRelay.ExpectDump";
+    pub(in super::super) const FINISH_DUMP: &str = "org.criu.ImageRelay.FinishDump";
     pub(in super::super) const GET_INFO: &str = "org.varlink.service.GetInfo";
     pub(in super::super) const GET_DESCRIPTION: &str =
         "org.varlink.service.GetInterfaceDescription";
 }
 
-/// The parameters of `Show`, `Timeline`, `Drop` and `View`.
+/// The parameters of `Show`, `Timeline`, `Drop`, `View` and `AcceptChangedMemory`.
 #[derive(Debug, Serialize, Deserialize, introspect::Type)]
 pub(super) struct ById {
     pub(super) id: String,
@@ -62,6 +66,25 @@ pub(super) struct OpenPagesIn {
     pub(super) parent: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) to: Option<String>,
+}
+
+/// The parameters of `ExpectDump`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct ExpectDumpIn {
+    pub(super) pid: i32,
+}
+
+/// The parameters of `FinishDump`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct FinishDumpIn {
+    pub(super) pid: i32,
+    pub(super) timeout_ms: u64,
+}
+
+/// The reply of `FinishDump`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct FinishDumpOut {
+    pub(super) snapshot: Snapshot,
 }
 
 /// No parameters, or none in the reply.

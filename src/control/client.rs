@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -11,8 +12,8 @@ use zlink::{Call, Connection, Reply};
 
 use super::Reading;
 use super::calls::{
-    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut,
-    ViewOut, WatchIn, WatchOut, method,
+    ById, CallError, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, Nothing, OpenIn,
+    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, method,
 };
 use super::model::{Image, ImageFile, Snapshot, Status};
 use crate::timeline::Phase;
@@ -200,6 +201,31 @@ impl Client {
         let reply: ViewOut =
             self.call(method::VIEW, ById { id: id.to_owned() }, Vec::new()).await?;
         Ok(reply.images)
+    }
+
+    /// Has a snapshot given to restores though its memory may have changed.
+    pub async fn accept_changed_memory(&mut self, id: &str) -> Result<(), ClientError> {
+        let id = ById { id: id.to_owned() };
+        let _: Nothing = self.call(method::ACCEPT_CHANGED_MEMORY, id, Vec::new()).await?;
+        Ok(())
+    }
+
+    /// Says that the CRIU of this pid will wait until its dump [has ended](Client::finish_dump).
+    pub async fn expect_dump(&mut self, pid: i32) -> Result<(), ClientError> {
+        let _: Nothing = self.call(method::EXPECT_DUMP, ExpectDumpIn { pid }, Vec::new()).await?;
+        Ok(())
+    }
+
+    /// Ends the dump of the CRIU of this pid, and waits until the cache has acknowledged it.
+    pub async fn finish_dump(
+        &mut self,
+        pid: i32,
+        limit: Duration,
+    ) -> Result<Snapshot, ClientError> {
+        let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let call = FinishDumpIn { pid, timeout_ms };
+        let reply: FinishDumpOut = self.call(method::FINISH_DUMP, call, Vec::new()).await?;
+        Ok(reply.snapshot)
     }
 
     /// Follows a snapshot until it is whole, damaged or taken; with `taken`, whole is not the end.

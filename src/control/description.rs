@@ -4,8 +4,8 @@ use zlink::idl::{Error, Field, Type};
 use zlink::introspect::{ReplyError, Type as Introspect};
 
 use super::calls::{
-    ById, CallError, ListOut, Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut,
-    ViewOut, WatchIn, WatchOut,
+    ById, CallError, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, Nothing, OpenIn,
+    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut,
 };
 use super::model::{Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status};
 use super::{DESCRIPTION, INTERFACE};
@@ -63,6 +63,9 @@ fn it_says_what_the_types_say() {
         ("Open", OpenIn::TYPE, Nothing::TYPE),
         ("OpenPages", OpenPagesIn::TYPE, Nothing::TYPE),
         ("View", ById::TYPE, ViewOut::TYPE),
+        ("AcceptChangedMemory", ById::TYPE, Nothing::TYPE),
+        ("ExpectDump", ExpectDumpIn::TYPE, Nothing::TYPE),
+        ("FinishDump", FinishDumpIn::TYPE, FinishDumpOut::TYPE),
     ]
     .map(|(name, input, output)| {
         format!("method {name}{} -> {}", spell_out(input), spell_out(output))

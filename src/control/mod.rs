@@ -11,6 +11,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 
 mod accept;
 mod calls;
@@ -74,6 +75,26 @@ pub trait Backend {
     /// Serves CRIU's page server protocol on a socket, in the same way. It is a stream socket, TCP or unix,
     /// non-blocking and close-on-exec, and the ids are good ones.
     fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal>;
+
+    /// Gives a snapshot to whoever asks for it from now on, though its memory may have changed, because `peer` said so.
+    fn accept_changed_memory(&self, _id: &str, _peer: Peer) -> Result<(), Refusal> {
+        Err(Refusal::Refused("a proxy holds no images: ask the cache".to_owned()))
+    }
+
+    /// The CRIU of this pid will wait for [`finish_dump`](Backend::finish_dump).
+    fn expect_dump(&self, _pid: i32) -> Result<(), Refusal> {
+        Err(Refusal::Refused("a cache takes no dumps: tell the proxy".to_owned()))
+    }
+
+    /// Ends the dump of the CRIU of this pid, and waits until the cache has acknowledged it. Unless this is waited
+    /// for to its end, the dump is given up.
+    fn finish_dump(
+        &self,
+        _pid: i32,
+        _limit: Duration,
+    ) -> impl Future<Output = Result<Snapshot, Refusal>> {
+        async { Err(Refusal::Refused("a cache takes no dumps: ask the proxy".to_owned())) }
+    }
 
     /// Does before [`view`](Backend::view) what may take its time, and does not hold up others.
     fn prepare_view(&self, _id: &str) -> impl Future<Output = Result<(), Refusal>> {
@@ -178,6 +199,18 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
 
     fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal> {
         (**self).open_pages(request, socket)
+    }
+
+    fn accept_changed_memory(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
+        (**self).accept_changed_memory(id, peer)
+    }
+
+    fn expect_dump(&self, pid: i32) -> Result<(), Refusal> {
+        (**self).expect_dump(pid)
+    }
+
+    async fn finish_dump(&self, pid: i32, limit: Duration) -> Result<Snapshot, Refusal> {
+        (**self).finish_dump(pid, limit).await
     }
 
     async fn prepare_view(&self, id: &str) -> Result<(), Refusal> {

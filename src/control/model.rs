@@ -33,9 +33,9 @@ pub struct Status {
     pub taken: u64,
     /// Damaged snapshots still listed.
     pub damaged: u64,
-    /// Bytes of images in memory now.
+    /// Bytes of images in memory now; at the proxy, those that wait to be sent.
     pub held_bytes: u64,
-    /// The quota for `held_bytes`; 0 at the proxy, which holds nothing.
+    /// The limit of `held_bytes`.
     pub max_bytes: u64,
     /// Bytes that came in since the start.
     pub total_bytes: u64,
@@ -97,6 +97,9 @@ pub struct Snapshot {
     /// does not say.
     #[serde(default)]
     pub needs_view: String,
+    /// Present, and true, if the memory in it may have changed before it was copied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_may_have_changed: Option<bool>,
 }
 
 /// One image of a snapshot.

@@ -16,8 +16,8 @@ use zlink::varlink_service::{Error as ServiceError, Info};
 use zlink::{Call, Connection, Reply};
 
 use super::calls::{
-    ById, CallError, DescriptionIn, ListOut, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut,
-    ViewOut, WatchIn, WatchOut, method,
+    ById, CallError, DescriptionIn, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, OpenIn,
+    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, method,
 };
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
@@ -125,6 +125,10 @@ impl<B: Backend> Conversation<'_, B> {
             method::WATCH if call.more() => return self.watch(&call).await,
             method::WATCH => Err(ServiceError::ExpectedMore.into()),
             method::DROP => drop_snapshot(self.backend, call.method(), self.peer),
+            method::ACCEPT_CHANGED_MEMORY => {
+                accept_changed_memory(self.backend, call.method(), self.peer)
+            }
+            method::FINISH_DUMP => self.finish_dump(call.method()).await?,
             _ => answer(self.backend, call.method(), descriptors).await,
         };
         match outcome {
@@ -168,6 +172,27 @@ impl<B: Backend> Conversation<'_, B> {
         }
     }
 
+    /// Waits for the end of a dump as long as the peer does.
+    async fn finish_dump(&self, call: &Incoming) -> Result<Result<Value, Failure>, Ended> {
+        let FinishDumpIn { pid, timeout_ms } = match parameters(call) {
+            Ok(parameters) => parameters,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        let mut finished =
+            std::pin::pin!(self.backend.finish_dump(pid, Duration::from_millis(timeout_ms)));
+        loop {
+            tokio::select! {
+                finished = &mut finished => {
+                    let outcome = finished.map_err(|refusal| refused(refusal, &pid.to_string()));
+                    return Ok(outcome.map(|snapshot| value(FinishDumpOut { snapshot })));
+                }
+                () = sleep(LOOK) => if self.peer_has_gone() {
+                    return Err(Ended::Gone);
+                }
+            }
+        }
+    }
+
     /// Whether the peer has closed the connection: nothing is read here while it waits for replies.
     fn peer_has_gone(&self) -> bool {
         let socket = &self.connection.read().read_half().socket;
@@ -190,6 +215,16 @@ impl<B: Backend> Conversation<'_, B> {
 fn drop_snapshot(backend: &impl Backend, call: &Incoming, peer: Peer) -> Result<Value, Failure> {
     let ById { id } = parameters(call)?;
     backend.drop_snapshot(&id, peer).map_err(|refusal| refused(refusal, &id))?;
+    Ok(nothing())
+}
+
+fn accept_changed_memory(
+    backend: &impl Backend,
+    call: &Incoming,
+    peer: Peer,
+) -> Result<Value, Failure> {
+    let ById { id } = parameters(call)?;
+    backend.accept_changed_memory(&id, peer).map_err(|refusal| refused(refusal, &id))?;
     Ok(nothing())
 }
 
@@ -226,6 +261,11 @@ async fn answer(
             let images = prepared.and_then(|()| backend.view(&id));
             let images = images.map_err(|refusal| refused(refusal, &id))?;
             Ok(value(ViewOut { images }))
+        }
+        method::EXPECT_DUMP => {
+            let ExpectDumpIn { pid } = parameters(call)?;
+            backend.expect_dump(pid).map_err(|refusal| refused(refusal, &pid.to_string()))?;
+            Ok(nothing())
         }
         method::GET_INFO => Ok(value(info(backend.status().role))),
         method::GET_DESCRIPTION => match parameters(call)? {

@@ -38,6 +38,7 @@ impl Fake {
             begun_ms: 1,
             ended_ms: 0,
             needs_view: String::new(),
+            memory_may_have_changed: None,
         });
     }
 }

@@ -37,6 +37,12 @@ pub fn is_records(name: &str) -> bool {
     RECORDS.contains(&kind)
 }
 
+/// Whether CRIU may splice what it writes into an image of that name: the memory of its process, or files and pipes that
+/// others share, which may change as long as nobody has copied it. All else it writes by write(2), which copies.
+pub fn may_be_lent(name: &str) -> bool {
+    !is_records(name)
+}
+
 /// Why an image is not whole.
 #[derive(Debug, thiserror::Error)]
 pub enum CutShort {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::exit::HELP;
-use super::{migrate, open, place, restore, watch};
+use super::{hook, migrate, open, place, restore, watch};
 
 /// The command line of `criu-imagectl`.
 #[derive(Debug, Parser)]
@@ -140,6 +140,10 @@ before. What a restore gets then is as if it had been one dump.")]
     #[command(after_help = open::args::HELP)]
     Open(open::args::Open),
 
+    /// Wait until the cache has a dump before CRIU ends the process: the action script of criu dump --stream
+    #[command(after_help = hook::HELP)]
+    Hook(hook::Hook),
+
     /// Move a running process: its memory in rounds, then the rest while it stands still
     #[command(after_help = migrate::args::HELP)]
     Migrate(migrate::args::Migrate),
@@ -232,6 +236,10 @@ pub(super) struct Extract {
     #[arg(long, value_name = "ID")]
     pub(super) snapshot: Option<String>,
 
+    /// Take it even if the memory in it may have changed before it was copied
+    #[arg(long)]
+    pub(super) accept_changed_memory: bool,
+
     /// Replace images that are there already
     #[arg(long)]
     pub(super) force: bool,
@@ -246,6 +254,10 @@ pub(super) struct View {
     /// The snapshot, if it is not called as DIR is
     #[arg(long, value_name = "ID")]
     pub(super) snapshot: Option<String>,
+
+    /// Take it even if the memory in it may have changed before it was copied
+    #[arg(long)]
+    pub(super) accept_changed_memory: bool,
 
     /// Replace images that are there already
     #[arg(long)]
@@ -319,6 +331,10 @@ pub(super) struct Get {
         conflicts_with_all = ["snapshot", "to", "force"]
     )]
     pub(super) ids: Option<String>,
+
+    /// Take it even if the memory in it may have changed before it was copied
+    #[arg(long, conflicts_with = "ids")]
+    pub(super) accept_changed_memory: bool,
 
     /// Write the images into DIR, which is made if it is missing, instead of one to stdout
     #[arg(long, value_name = "DIR")]

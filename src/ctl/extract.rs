@@ -1,17 +1,19 @@
 //! `extract`: a snapshot of the cache becomes a directory of CRIU's images.
 
+use std::path::Path;
+
 use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::cli::{Daemon, Extract};
-use super::exit::Failure;
+use super::exit::{Exit, Failure};
 use super::look::state_word;
 use super::print::{Output, clean, progress, size};
 use super::reach;
 use super::stream::Session;
 use super::written::Written;
-use crate::control::Reading;
 use crate::control::model::{Role, Snapshot, SnapshotState};
+use crate::control::{Client, Reading};
 use crate::criu::names::check_name;
 use crate::sys::unix::is_close;
 
@@ -21,6 +23,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, extract: &Extract) -> R
     let mut client = reach::only(daemon, Role::Cache, "extract").await?;
     let (snapshot, images) = client.show(&id).await?;
     can_be_read(&snapshot)?;
+    accept_memory(client.path(), &snapshot, extract.accept_changed_memory).await?;
     for image in &images {
         check_name(&image.name).map_err(|bad| Failure::failed(format!("snapshot {id}: {bad}")))?;
     }
@@ -52,6 +55,31 @@ pub(super) fn can_be_read(snapshot: &Snapshot) -> Result<(), Failure> {
         SnapshotState::Damaged => Err(Failure::damaged(id, &clean(&snapshot.reason))),
         state => Err(Failure::failed(format!("snapshot {id} is not whole: {}", state_word(state)))
             .cure(format!("criu-imagectl --cache wait {id}"))),
+    }
+}
+
+/// Says to the cache that a snapshot is wanted although its memory may have changed, if it may have and the user has said so.
+pub(super) async fn accept_memory(
+    cache: &Path,
+    snapshot: &Snapshot,
+    accepted: bool,
+) -> Result<(), Failure> {
+    let id = &snapshot.id;
+    match snapshot.memory_may_have_changed {
+        Some(true) if accepted => {
+            Ok(Client::connect(cache).await?.accept_changed_memory(id).await?)
+        }
+        Some(true) => {
+            let what = format!(
+                "the memory in snapshot {} may have changed before it was copied",
+                clean(id)
+            );
+            Err(Failure::new(Exit::Damaged, what).cure(
+                "dump again, with --action-script criu-imagectl; if the process is gone: \
+                 --accept-changed-memory, and look whether all of its threads work",
+            ))
+        }
+        _ => Ok(()),
     }
 }
 

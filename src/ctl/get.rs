@@ -9,16 +9,17 @@ use serde_json::json;
 
 use super::cli::{Daemon, Get};
 use super::exit::{Exit, Failure};
+use super::extract::accept_memory;
 use super::print::{Output, clean, progress, size};
 use super::reach;
 use super::written::Written;
 use crate::client::{Client, Error};
-use crate::control::model::Role;
+use crate::control::model::{Role, SnapshotState};
 use crate::criu::names::check_name;
 use crate::sys::pump;
 
 /// Gets what is asked for.
-pub(super) fn run(daemon: &Daemon, output: Output, get: &Get) -> Result<(), Failure> {
+pub(super) async fn run(daemon: &Daemon, output: Output, get: &Get) -> Result<(), Failure> {
     // What is not said is the cache; a socket that is named tells by what lies beside it.
     let role = if daemon.socket.is_some() {
         reach::remote_role(daemon)?
@@ -33,6 +34,17 @@ pub(super) fn run(daemon: &Daemon, output: Output, get: &Get) -> Result<(), Fail
     }
     let id = get.snapshot.as_deref().unwrap_or_default();
     reach::must_be_id(id)?;
+    if get.accept_changed_memory {
+        // It waits until the snapshot is whole, as what follows does.
+        let mut cache = reach::only(daemon, Role::Cache, "get --accept-changed-memory").await?;
+        let path = cache.path().to_owned();
+        let mut watch = cache.watch(id, false).await?;
+        while let Some(snapshot) = watch.next().await? {
+            if matches!(snapshot.state, SnapshotState::Whole | SnapshotState::Taken) {
+                accept_memory(&path, &snapshot, true).await?;
+            }
+        }
+    }
     match (&get.to, &get.images[..]) {
         (Some(dir), images) => to_directory(&client, output, id, images, dir, get.force),
         (None, [image]) => to_stdout(&client, output, id, image),

@@ -60,6 +60,9 @@ pub(super) async fn show(daemon: &Daemon, output: Output, id: &str) -> Result<()
     output.print(&shown, || show_text(&snapshot, &images))
 }
 
+/// Of a snapshot whose pages were not copied in time.
+const MEMORY: &str = "may have changed before it was copied";
+
 /// Drops snapshots; one that cannot be dropped does not keep the others.
 pub(super) async fn drop_all(
     daemon: &Daemon,
@@ -128,11 +131,7 @@ fn status_text(status: &Status) -> String {
             status.receiving, status.whole, status.taken, status.damaged
         ),
     );
-    if status.role == Role::Cache {
-        line("held", format!("{} of {}", size(status.held_bytes), size(status.max_bytes)));
-    } else {
-        line("held", size(status.held_bytes));
-    }
+    line("held", format!("{} of {}", size(status.held_bytes), size(status.max_bytes)));
     line("traffic", format!("{}/s, {} in all", size(status.rate), size(status.total_bytes)));
     for link in &status.links {
         let state = if link.up { "up" } else { "down" };
@@ -159,11 +158,19 @@ fn list_text(snapshots: &[Snapshot]) -> String {
                 size(snapshot.bytes),
                 age,
                 clean(&snapshot.peer),
-                clean(&snapshot.reason),
+                remark(snapshot),
             ]
         })
         .collect();
     table(&["ID", "STATE", "IMAGES", "BYTES", "AGE", "PEER", "REASON"], &[2, 3, 4], &rows)
+}
+
+/// Why a snapshot is damaged, or what else is to be known of it.
+fn remark(snapshot: &Snapshot) -> String {
+    match snapshot.memory_may_have_changed {
+        Some(true) if snapshot.reason.is_empty() => MEMORY.to_owned(),
+        _ => clean(&snapshot.reason),
+    }
 }
 
 fn show_text(snapshot: &Snapshot, images: &[Image]) -> String {
@@ -178,6 +185,9 @@ fn show_text(snapshot: &Snapshot, images: &[Image]) -> String {
     }
     if !snapshot.needs_view.is_empty() {
         line("view", &format!("needed: {}", snapshot.needs_view));
+    }
+    if snapshot.memory_may_have_changed == Some(true) {
+        line("memory", MEMORY);
     }
     line("peer", &snapshot.peer);
     line("images", &snapshot.images.to_string());

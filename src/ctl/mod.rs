@@ -13,6 +13,7 @@ mod extract;
 mod finish;
 mod generate;
 mod get;
+mod hook;
 mod interrupts;
 mod look;
 mod migrate;
@@ -63,6 +64,7 @@ pub fn main() -> ExitCode {
 async fn asked() -> Result<(), Failure> {
     match HandOver::asked() {
         Some(hand_over) => hand_over?.run().await,
+        None if hook::called_by_criu() => hook::run_for_criu().await,
         None => run(Cli::parse()).await,
     }
 }
@@ -89,7 +91,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Migrate(args) => migrate::run(&daemon, output, &args).await,
         Command::Restore(args) => restore::run(&daemon, output, &args).await,
         Command::Put(put) => put::run(&daemon, output, &put),
-        Command::Get(get) => get::run(&daemon, output, &get),
+        Command::Get(get) => get::run(&daemon, output, &get).await,
+        Command::Hook(hook) => hook::run(&daemon, &hook).await,
         Command::Finish(finish) => finish::run(&daemon, output, &finish),
         Command::Open(open) => open::run(&daemon, output, &open).await,
         Command::Generate { what, dir } => generate::run(what, &dir),

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::cli::{Daemon, View};
 use super::exit::Failure;
-use super::extract::{can_be_read, receive};
+use super::extract::{accept_memory, can_be_read, receive};
 use super::print::{Output, clean, progress, size};
 use super::reach;
 use super::stream::Session;
@@ -31,6 +31,8 @@ pub(super) struct Made {
 pub(super) async fn run(daemon: &Daemon, output: Output, view: &View) -> Result<(), Failure> {
     let id = reach::snapshot_id(view.snapshot.as_deref(), &view.dir)?;
     let mut client = reach::only(daemon, Role::Cache, "view").await?;
+    let (snapshot, _) = client.show(&id).await?;
+    accept_memory(client.path(), &snapshot, view.accept_changed_memory).await?;
     let Made { files, bytes, links, linked } =
         make(&mut client, &id, &view.dir, view.force).await?;
     let dir = view.dir.display();

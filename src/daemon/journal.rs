@@ -29,6 +29,10 @@ pub const SNAPSHOT_LEFT: &str = "1ea9dfe619d54d54870f80bd1f57e852";
 pub const SNAPSHOT_HELD_AGAIN: &str = "84a7d697ee804504b53bd681f6f74efb";
 /// A snapshot is held, but systemd does not keep it as well.
 pub const SNAPSHOT_NOT_KEPT: &str = "043a7686e460426396d0a0b998087290";
+/// The memory in a snapshot may have changed before it was copied.
+pub const MEMORY_MAY_HAVE_CHANGED: &str = "28c8701b10e040f18933be523bf1f2d3";
+/// A cache holds a snapshot as any other from now on whose memory may have changed: somebody said so.
+pub const MEMORY_ACCEPTED: &str = "02126c1eea434805aabe75233bdec5d4";
 /// A cache holds a round of a snapshot's pages.
 pub const ROUND_HELD: &str = "3f2a7d4be1d84c6f9a0c5e7b21d6f809";
 /// A round of a snapshot's pages has failed. What was held before still is.

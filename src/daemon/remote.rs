@@ -165,6 +165,7 @@ impl Client {
                     Ok(byte) => Ok(byte?.is_some()),
                 }
             }
+            Source::Held(held) => Box::pin(self.said_its_end(held.from())).await,
             Source::Socket(_) | Source::Stream(_) => Ok(!self.has_hung_up()),
         }
     }

@@ -12,7 +12,7 @@ use super::upload::{Fate, Told, Upload};
 use crate::config::LinkSettings;
 use crate::criu::pages::{PageRange, Space};
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{Message, REGIONS_MAX, RegionRequest};
+use crate::wire::message::{MEMORY_MAY_HAVE_CHANGED, Message, REGIONS_MAX, RegionRequest, Welcome};
 use crate::wire::sender::{Said, said};
 use crate::wire::spaces::pages_request;
 
@@ -65,6 +65,8 @@ pub struct Connection {
     next: Cell<u32>,
     regions: Regions,
     closed: Cell<bool>,
+    /// Whether the cache keeps of a snapshot that its memory may have changed.
+    keeps_marks: Cell<bool>,
 }
 
 impl Connection {
@@ -97,6 +99,7 @@ impl Connection {
             next: Cell::new(0),
             regions: Regions::default(),
             closed: Cell::new(false),
+            keeps_marks: Cell::new(false),
         });
         (connection, queue)
     }
@@ -174,6 +177,17 @@ impl Connection {
     /// Nobody goes on with a snapshot: the cache need not hold pages of it.
     pub async fn forget_pages(&self, id: &str) {
         self.tell(Command::Forget { id: id.to_owned() }).await;
+    }
+
+    /// The cache has said what it can do.
+    pub(super) fn heard(&self, welcome: &Welcome) {
+        let feature = |name: &String| name == MEMORY_MAY_HAVE_CHANGED;
+        self.keeps_marks.set(welcome.features.iter().any(feature));
+    }
+
+    /// Whether the cache keeps of a snapshot that its memory may have changed.
+    pub(super) fn keeps_marks(&self) -> bool {
+        self.keeps_marks.get()
     }
 
     /// Whether it is over.

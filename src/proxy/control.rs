@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
 
@@ -73,8 +74,10 @@ impl Backend for Control {
         if let Some(before) = before {
             record.joins(&before);
         }
-        let Open { id, parent, .. } = request;
-        let target = Target { id, cache, parent, record: Some(record.clone()) };
+        let Open { id, parent, listening, .. } = request;
+        // Who hands over a connection is no CRIU, which connects by itself: it sends files, and waits.
+        let of_files = !listening;
+        let target = Target { id, cache, parent, record: Some(record.clone()), of_files };
         match socket {
             Socket::Connected(socket) => {
                 tokio::task::spawn_local(async move {
@@ -123,6 +126,14 @@ impl Backend for Control {
         Ok(())
     }
 
+    fn expect_dump(&self, pid: i32) -> Result<(), Refusal> {
+        self.0.hooks.expect(pid)
+    }
+
+    async fn finish_dump(&self, pid: i32, limit: Duration) -> Result<Snapshot, Refusal> {
+        self.0.hooks.finish(pid, limit).await
+    }
+
     fn view(&self, _id: &str) -> Result<Vec<ImageFile>, Refusal> {
         Err(Refusal::Refused("a proxy holds no images: ask the cache".to_owned()))
     }
@@ -141,8 +152,8 @@ impl Proxy {
             whole: counts.whole,
             taken: 0,
             damaged: counts.damaged,
-            held_bytes: 0,
-            max_bytes: 0,
+            held_bytes: self.budget.used(),
+            max_bytes: self.settings().memory.max_bytes,
             total_bytes: self.records.total(),
             rate: self.rate.per_second(),
             links: self.links.status(&self.links.destination(&self.settings())),

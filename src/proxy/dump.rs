@@ -3,11 +3,13 @@
 
 use std::cell::Cell;
 use std::fmt::Display;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::Instrument;
@@ -15,17 +17,23 @@ use tracing::Instrument;
 use crate::config::ProxySettings;
 use crate::control::model::SnapshotState;
 use crate::criu::capture::{Capture, Outcome};
+use crate::criu::images::{INVENTORY, may_be_lent};
 use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
 use crate::sys::clock::now_ms;
 
 use super::Proxy;
+use super::copy::Copy;
 use super::failure::Failure;
 use super::forward::Forward;
+use super::freeze::Freeze;
+use super::hooks::Waited;
 use super::records::Record;
 use super::requests::{Request, Requests};
 use super::upload::{Upload, lost};
 use crate::sys::ends::Source;
+use crate::sys::held::Held;
+use crate::sys::pipe::PipeReader;
 
 /// Which snapshot a dump becomes, and where it goes.
 #[derive(Debug, Clone)]
@@ -38,13 +46,15 @@ pub struct Target {
     pub parent: Option<String>,
     /// Its record, if a directory was opened for it.
     pub record: Option<Rc<Record>>,
+    /// Whether its bytes are those of files, and stay what they are until the cache has them.
+    pub of_files: bool,
 }
 
 impl Target {
     /// A new snapshot for a dump through the shared socket, which names none: the id says who took
     /// it, when, and which CRIU.
     pub fn fresh(host: &str, peer: Peer, cache: String) -> Target {
-        Target { id: fresh_id(host, peer.pid), cache, parent: None, record: None }
+        Target { id: fresh_id(host, peer.pid), cache, parent: None, record: None, of_files: false }
     }
 }
 
@@ -96,15 +106,22 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
         };
         record.begin();
         let started = Instant::now();
-        let mut dump = Dump {
+        let waited = proxy.hooks.begin(peer.pid);
+        let (asked, budget) = (requests.asked().clone(), proxy.budget.clone());
+        let dump = Dump {
             proxy,
             settings,
             target: &target,
             record: &record,
             written: Rc::new(Cell::new(started)),
+            freeze: Rc::new(Freeze::new(requests.socket(), asked, budget)),
+            waited: &waited,
+            lent: Cell::new(false),
         };
         let result = dump.run(first, requests).await;
-        record.end(result.as_ref().err().map(ToString::to_string));
+        let why = result.as_ref().err().map(ToString::to_string);
+        record.end(why.clone());
+        waited.end(why.map_or_else(|| Ok(record.info()), Err));
         tell(&record, result.as_ref().err(), started);
         result.is_ok()
     }
@@ -150,15 +167,38 @@ struct Dump<'a> {
     record: &'a Rc<Record>,
     /// When CRIU last wrote to any image.
     written: Rc<Cell<Instant>>,
+    freeze: Rc<Freeze>,
+    /// For CRIU's action script.
+    waited: &'a Waited,
+    /// Whether pages are sent without being copied first, because CRIU will wait.
+    lent: Cell<bool>,
 }
 
+/// The snapshot on its way, once there is a link.
+type Coming = watch::Receiver<Option<Rc<Upload>>>;
+
 impl Dump<'_> {
-    async fn run(&mut self, first: Request, requests: Requests) -> Result<(), Failure> {
+    async fn run(&self, first: Request, requests: Requests) -> Result<(), Failure> {
         // What is wrong from the start needs no link.
         let first = first?;
-        let upload = self.connect().await?;
+        let (connected, coming) = watch::channel(None);
+        let mut captured = pin!(self.capture(&coming, Ok(first), requests));
+        // Pages are copied while there is no link yet.
+        let upload = tokio::select! {
+            upload = self.connect() => upload?,
+            captured = &mut captured => {
+                // Nothing can end well before it is sent.
+                return captured.and(Err(Failure::Incomplete("it was not sent".to_owned())));
+            }
+        };
+        connected.send_replace(Some(upload.clone()));
         let result = async {
-            self.capture(&upload, Ok(first), requests).await?;
+            tokio::select! {
+                // The link's end is the cause of whatever fails with it.
+                biased;
+                fate = upload.fate() => return Err(lost(fate)),
+                captured = captured => captured?,
+            }
             self.finish(&upload).await
         }
         .await;
@@ -168,42 +208,52 @@ impl Dump<'_> {
         result
     }
 
-    /// Until there is a link to the cache, CRIU's first image waits in its pipe.
     async fn connect(&self) -> Result<Rc<Upload>, Failure> {
         let connect = self.proxy.links.connect(&self.target.cache, &self.settings);
         let connection = tokio::select! {
             connection = connect => connection.map_err(Failure::Lost)?,
-            reason = self.record.stopped() => return Err(Failure::Stopped(reason)),
+            stopped = self.stopped() => return Err(stopped),
         };
         let Target { id, parent, .. } = self.target;
         Ok(Rc::new(connection.begin_child(id, parent.as_deref(), false).await))
     }
 
-    /// Takes requests until CRIU closes the socket, and images until each has ended.
+    /// Somebody does not want the snapshot any more.
+    async fn stopped(&self) -> Failure {
+        tokio::select! {
+            reason = self.record.stopped() => Failure::Stopped(reason),
+            reason = self.waited.given_up() => Failure::Stopped(reason),
+        }
+    }
+
+    /// Takes requests until CRIU closes the socket, or waits in its action script, and images until each has ended.
     async fn capture(
         &self,
-        upload: &Rc<Upload>,
+        coming: &Coming,
         first: Request,
         mut requests: Requests,
     ) -> Result<(), Failure> {
         let mut capture = Capture::default();
         let mut images: JoinSet<Result<String, Failure>> = JoinSet::new();
-        self.open(upload, &mut capture, &mut images, first).await?;
-        let mut connected = true;
-        while connected || !images.is_empty() {
+        self.open(coming, &mut capture, &mut images, first)?;
+        let (mut connected, mut asked) = (true, false);
+        loop {
+            let all_asked_for = !connected || (asked && requests.are_all_read());
+            if all_asked_for && images.is_empty() {
+                break;
+            }
             tokio::select! {
-                // The link's end is the cause of whatever fails with it.
                 biased;
-                fate = upload.fate() => return Err(lost(fate)),
                 request = requests.next(), if connected => match request {
-                    Some(request) => self.open(upload, &mut capture, &mut images, request).await?,
+                    Some(request) => self.open(coming, &mut capture, &mut images, request)?,
                     None => connected = false,
                 },
                 Some(ended) = images.join_next() => match ended {
                     Ok(name) => capture.ended(&name?),
                     Err(error) => return Err(Failure::Stopped(error.to_string())),
                 },
-                reason = self.record.stopped() => return Err(Failure::Stopped(reason)),
+                () = self.waited.asked(), if !asked => asked = true,
+                stopped = self.stopped() => return Err(stopped),
             }
         }
         match capture.outcome() {
@@ -212,10 +262,10 @@ impl Dump<'_> {
         }
     }
 
-    /// CRIU opens an image: its pipe is read by a task of its own.
-    async fn open(
+    /// CRIU opens an image: its pipe is read by a task of its own. Nothing here waits for the link.
+    fn open(
         &self,
-        upload: &Rc<Upload>,
+        coming: &Coming,
         capture: &mut Capture,
         images: &mut JoinSet<Result<String, Failure>>,
         request: Request,
@@ -224,29 +274,124 @@ impl Dump<'_> {
         capture.open(&name)?;
         self.record.begin_image(&name, false);
         self.written.set(Instant::now());
-        let image = upload.begin_image(&name, false).await;
-        let forward = Forward {
-            upload: upload.clone(),
-            image,
-            name,
-            source: Rc::new(Source::Pipe(pipe)),
-            record: self.record.clone(),
-            records: self.proxy.records.clone(),
+        if name == INVENTORY {
+            self.freeze.last_opened(|| pipe.is_closed())?;
+        } else {
+            self.freeze.opened()?;
+        }
+        let source = self.source(&name, pipe)?;
+        let copying = match &source {
+            Source::Held(held) => Some(self.copying(&name, held)),
+            _ => None,
+        };
+        let (record, records) = (self.record.clone(), self.proxy.records.clone());
+        let (written, settings) = (self.written.clone(), self.settings.clone());
+        let mut coming = coming.clone();
+        images.spawn_local(async move {
+            let forward = async {
+                // Who connects lets this task go when there is no link.
+                let Ok(upload) = coming.wait_for(Option::is_some).await.map(|up| up.clone()) else {
+                    return std::future::pending().await;
+                };
+                let Some(upload) = upload else { return std::future::pending().await };
+                let image = upload.begin_image(&name, false).await;
+                let source = Rc::new(source);
+                let (stall_timeout, pipe_size) =
+                    (settings.sessions.stall_timeout, pipe_size(&settings));
+                let forward = Forward {
+                    upload,
+                    image,
+                    name,
+                    source,
+                    record,
+                    records,
+                    written,
+                    stall_timeout,
+                    pipe_size,
+                };
+                forward.run().await
+            };
+            match copying {
+                Some(copying) => {
+                    let (mut forward, mut copying) = (pin!(forward), pin!(copying));
+                    tokio::select! {
+                        forwarded = &mut forward => forwarded,
+                        () = &mut copying => forward.await,
+                    }
+                }
+                None => forward.await,
+            }
+        });
+        Ok(())
+    }
+
+    /// What an image is sent from. CRIU may lend what it writes, which has to be copied at once unless CRIU waits until
+    /// the cache has copied it.
+    fn source(&self, name: &str, pipe: PipeReader) -> Result<Source, Failure> {
+        let pipe = Source::Pipe(pipe);
+        if self.target.of_files || !may_be_lent(name) {
+            return Ok(pipe);
+        }
+        if self.waited.is_expected() {
+            self.lent.set(true);
+            return Ok(pipe);
+        }
+        let held = Held::new(name, pipe, self.freeze.budget()).map_err(|error| Failure::Image {
+            name: name.to_owned(),
+            cause: format!("it cannot be copied: {error}"),
+        })?;
+        Ok(Source::Held(Rc::new(held)))
+    }
+
+    fn copying(&self, name: &str, held: &Rc<Held>) -> impl Future<Output = ()> + use<> {
+        self.freeze.copies(name, held);
+        let copy = Copy {
+            held: held.clone(),
             written: self.written.clone(),
             stall_timeout: self.settings.sessions.stall_timeout,
-            pipe_size: usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX),
+            pipe_size: pipe_size(&self.settings),
         };
-        images.spawn_local(forward.run());
-        Ok(())
+        let freeze = self.freeze.clone();
+        async move { copy.run(freeze.budget(), || freeze.copied()).await }
     }
 
     /// All was sent: waits for the cache's word.
     async fn finish(&self, upload: &Upload) -> Result<(), Failure> {
         self.record.all_sent();
+        // CRIU waits now, or it has ended or thawed the process already.
+        let changed = !self.waited.is_asked() && (self.lent.get() || self.freeze.is_late());
+        if changed {
+            self.tell_changed(upload);
+        }
         let limit = self.settings.link.ack_timeout;
         tokio::select! {
-            finished = upload.finish(false, limit) => finished,
-            reason = self.record.stopped() => Err(Failure::Stopped(reason)),
+            finished = upload.finish_marked(changed, limit) => finished,
+            stopped = self.stopped() => Err(stopped),
         }
     }
+
+    fn tell_changed(&self, upload: &Upload) {
+        self.record.mark_memory();
+        let (message_id, id) = (journal::MEMORY_MAY_HAVE_CHANGED, &self.target.id);
+        let cache = if upload.connection.keeps_marks() {
+            "the cache gives it to no restore without --accept-changed-memory"
+        } else {
+            "the cache is of a version that does not know of this, and gives it to any restore"
+        };
+        let why = if self.lent.get() {
+            "criu-imagectl hook was announced for CRIU's pre-dump and did not wait at its post-dump"
+        } else {
+            "it was copied too late; give criu dump --action-script criu-imagectl"
+        };
+        tracing::warn!(
+            message_id,
+            criu_snapshot = id,
+            criu_reason = why,
+            "the memory in snapshot {id} may have changed before it was copied: {why}; {cache}"
+        );
+    }
+}
+
+fn pipe_size(settings: &ProxySettings) -> usize {
+    usize::try_from(settings.sessions.pipe_size).unwrap_or(usize::MAX)
 }

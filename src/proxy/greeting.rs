@@ -3,7 +3,7 @@
 use crate::config::ProxySettings;
 use crate::sys::connected::Stream;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
-use crate::wire::message::{Hello, Message};
+use crate::wire::message::{Hello, MEMORY_MAY_HAVE_CHANGED, Message, Welcome};
 
 /// Why there is no link on a connection.
 #[derive(Debug, thiserror::Error)]
@@ -23,22 +23,23 @@ impl NotGreeted {
     }
 }
 
-/// Shakes hands on a connection. Returns the cache's name for itself.
+/// Shakes hands on a connection. Returns what the cache said of itself.
 pub(super) async fn greet(
     stream: Stream,
     name: &str,
     settings: &ProxySettings,
-) -> Result<(Reader, Writer, String), NotGreeted> {
+) -> Result<(Reader, Writer, Welcome), NotGreeted> {
     let outgoing = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
     let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing };
     let (mut reader, mut writer) =
         lane::split(stream, pipes, settings.link.keep_alive).map_err(LaneError::from)?;
-    let hello = Message::Hello(Hello { name: name.to_owned(), features: Vec::new() });
+    let features = vec![MEMORY_MAY_HAVE_CHANGED.to_owned()];
+    let hello = Message::Hello(Hello { name: name.to_owned(), features });
     writer.send_preface().await.map_err(LaneError::from)?;
     writer.send(&hello).await.map_err(LaneError::from)?;
     reader.receive_preface().await?;
     match reader.receive().await?.0 {
-        Message::Welcome(welcome) => Ok((reader, writer, welcome.name)),
+        Message::Welcome(welcome) => Ok((reader, writer, welcome)),
         Message::Goodbye(goodbye) => {
             Err(NotGreeted::Refused(format!("the cache refuses: {}", goodbye.reason)))
         }

@@ -20,6 +20,7 @@ use crate::daemon::outages::Outages;
 use crate::daemon::sessions::Sessions;
 use crate::sys::connected::{Peer, Stream};
 use crate::wire::lane::{Reader, Writer};
+use crate::wire::message::Welcome;
 
 use super::connection::Connection;
 use super::greeting::greet;
@@ -87,8 +88,8 @@ impl Links {
             let only_one = link.connecting.lock().await;
             let well = match greet(stream, &links.name, &settings).await {
                 Ok((reader, writer, cache)) => {
-                    link.tell_up(&cache);
-                    let (_, over) = link.up(reader, writer, &settings);
+                    link.tell_up(&cache.name);
+                    let (_, over) = link.up(reader, writer, &cache, &settings);
                     drop(only_one);
                     over.await.is_ok_and(|lost| lost == 0)
                 }
@@ -152,8 +153,8 @@ impl Links {
             let limit = settings.link.connect_timeout.min(deadline - Instant::now());
             let why = match attempt(destination, &self.name, settings, limit).await {
                 Ok((reader, writer, cache)) => {
-                    link.tell_up(&cache);
-                    return Ok(link.up(reader, writer, settings).0);
+                    link.tell_up(&cache.name);
+                    return Ok(link.up(reader, writer, &cache, settings).0);
                 }
                 Err(why) => why,
             };
@@ -231,9 +232,11 @@ impl Link {
         self: &Rc<Link>,
         reader: Reader,
         writer: Writer,
+        cache: &Welcome,
         settings: &ProxySettings,
     ) -> (Rc<Connection>, JoinHandle<usize>) {
         let (connection, over) = Connection::start(reader, writer, &settings.link);
+        connection.heard(cache);
         *self.state.borrow_mut() = State::Up(connection.clone());
         let (link, shared) = (self.clone(), connection.clone());
         let task = tokio::task::spawn_local(async move {
@@ -266,13 +269,13 @@ fn plaintext(destination: &str) -> String {
     )
 }
 
-/// Connects and shakes hands. Returns the cache's name for itself.
+/// Connects and shakes hands. Returns what the cache said of itself.
 async fn attempt(
     destination: &str,
     name: &str,
     settings: &ProxySettings,
     limit: Duration,
-) -> Result<(Reader, Writer, String), String> {
+) -> Result<(Reader, Writer, Welcome), String> {
     let in_time = async {
         let mut addresses = resolve(destination).await?;
         addresses.retain(|address| settings.insecure || Peer::Tcp(*address).is_local());

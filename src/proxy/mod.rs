@@ -2,6 +2,8 @@
 //!
 //! - [`dump`]: one CRIU run, as a list of phases; `requests` and `forward` are its ends, towards
 //!   CRIU's socket and from CRIU's pipes.
+//! - `copy` copies out of CRIU's pipes what CRIU only lends, `freeze` knows whether that was in time, `hooks` which
+//!   CRIU waits until it is no matter.
 //! - `pages`: CRIU's page server; `round` is what one round sends, `gets` gives pages back.
 //! - `remote`: the clients that name their images, and the snapshots that they have begun.
 //! - [`link`]: the links to caches, made when there is something to send; `greeting` is the handshake.
@@ -16,11 +18,14 @@ pub mod records;
 pub mod upload;
 
 mod control;
+mod copy;
 mod failure;
 mod figures;
 mod forward;
+mod freeze;
 mod gets;
 mod greeting;
+mod hooks;
 mod outgoing;
 mod pages;
 mod regions;
@@ -45,9 +50,11 @@ use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::metrics;
 use crate::metrics::refusals::Reason;
 use crate::sys::clock::{host_name, now_ms};
+use crate::sys::held::Budget;
 
 use dump::Target;
 use figures::Figures;
+use hooks::Hooks;
 use link::Links;
 use records::Records;
 use remote::Remote;
@@ -60,6 +67,9 @@ pub struct Proxy {
     links: Rc<Links>,
     records: Rc<Records>,
     remote: Rc<Remote>,
+    hooks: Hooks,
+    /// The memory for what is copied.
+    budget: Rc<Budget>,
     sessions: Sessions,
     listeners: Listeners,
     rate: Rate,
@@ -77,6 +87,8 @@ impl Proxy {
             name,
             records: Rc::default(),
             remote: Rc::default(),
+            hooks: Hooks::default(),
+            budget: Rc::new(Budget::new(settings.memory.max_bytes)),
             sessions: Sessions::default(),
             listeners: Listeners::default(),
             rate: Rate::default(),
@@ -163,6 +175,7 @@ impl Daemon for Proxy {
     }
 
     fn reload(&self, settings: ProxySettings) {
+        self.budget.set_limit(settings.memory.max_bytes);
         *self.settings.borrow_mut() = Rc::new(settings);
     }
 

@@ -68,6 +68,7 @@ pub(super) enum Command {
     End {
         snapshot: u32,
         partial: bool,
+        memory_may_have_changed: bool,
     },
     Abort {
         snapshot: u32,
@@ -134,7 +135,9 @@ async fn obey(
             sender.begin_image(snapshot, image, &name, append)
         }
         Command::EndImage { snapshot, image } => sender.end_image(snapshot, image),
-        Command::End { snapshot, partial } => sender.end(snapshot, partial),
+        Command::End { snapshot, partial, memory_may_have_changed } => {
+            sender.end(snapshot, partial, memory_may_have_changed)
+        }
         Command::Say(message) => Some(message),
         Command::Forget { id } => Some(Message::PagesForget(PagesForget { id })),
         Command::Abort { snapshot, reason } => sender.abort(snapshot, &reason),

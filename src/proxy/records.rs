@@ -179,6 +179,7 @@ impl Records {
             begun_ms: now_ms(),
             ended_ms: 0,
             needs_view: String::new(),
+            memory_may_have_changed: None,
         };
         let mut timeline = Timeline::default();
         if state == SnapshotState::Receiving {
@@ -322,6 +323,7 @@ impl Record {
             bytes: 0,
             begun_ms: now_ms(),
             ended_ms: 0,
+            memory_may_have_changed: None,
             ..info.clone()
         };
         self.images.borrow_mut().clear();
@@ -337,6 +339,11 @@ impl Record {
         let mut timeline = self.timeline.borrow_mut();
         timeline.end(PhaseName::Dump, self.info.borrow().bytes, false);
         timeline.begin(PhaseName::Acknowledgement);
+    }
+
+    /// The memory in it may have changed before it was copied.
+    pub fn mark_memory(&self) {
+        self.info.borrow_mut().memory_may_have_changed = Some(true);
     }
 
     /// When what happened.

@@ -176,7 +176,13 @@ impl Upload {
 
     /// Ends the snapshot: all was sent. What is `partial` need not be a checkpoint by itself.
     pub async fn end(&self, partial: bool) {
-        self.connection.tell(Command::End { snapshot: self.snapshot, partial }).await;
+        self.end_marked(partial, false).await;
+    }
+
+    async fn end_marked(&self, partial: bool, memory_may_have_changed: bool) {
+        let (snapshot, marks) = (self.snapshot, self.connection.keeps_marks());
+        let memory_may_have_changed = memory_may_have_changed && marks;
+        self.connection.tell(Command::End { snapshot, partial, memory_may_have_changed }).await;
     }
 
     /// Waits until the snapshot can no longer be acknowledged; never when it was.
@@ -191,12 +197,30 @@ impl Upload {
 
     /// Ends the snapshot, and waits until the cache has acknowledged what was sent.
     pub(super) async fn finish(&self, partial: bool, limit: Duration) -> Result<(), Failure> {
+        self.finish_as(partial, false, limit).await
+    }
+
+    /// The same for a checkpoint of whose memory it is known whether it may have changed before it was copied.
+    pub(super) async fn finish_marked(
+        &self,
+        memory_may_have_changed: bool,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        self.finish_as(false, memory_may_have_changed, limit).await
+    }
+
+    async fn finish_as(
+        &self,
+        partial: bool,
+        memory_may_have_changed: bool,
+        limit: Duration,
+    ) -> Result<(), Failure> {
         let sent = self.counts();
         let early = self.fate.borrow().clone();
         if matches!(early, Fate::Acknowledged { .. }) {
             return Err(lost(early));
         }
-        self.end(partial).await;
+        self.end_marked(partial, memory_may_have_changed).await;
         match timeout(limit, self.fate()).await {
             Err(_) => Err(Failure::Lost(format!("no acknowledgement within {limit:?}"))),
             Ok(Fate::Acknowledged { images, bytes }) if (images, bytes) == sent => Ok(()),

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::snapshot::{Images, Snapshot, State};
+use super::snapshot::{Images, Memory, Snapshot, State};
 use super::{Key, Store};
 
 /// Why a restore does not get a snapshot.
@@ -16,6 +16,12 @@ pub enum Unavailable {
         /// What happened to it.
         reason: String,
     },
+    /// Its memory may have changed before it was copied, and nobody has said that it is wanted all the same.
+    #[error(
+        "the memory in snapshot {0} may have changed before it was copied, and nobody has accepted that: \
+         criu-imagectl restore --accept-changed-memory {0}"
+    )]
+    ChangedMemory(String),
     /// It was dropped while the restore waited.
     #[error("the snapshot was dropped")]
     Dropped,
@@ -84,6 +90,11 @@ impl Claim {
             match self.store.snapshots.borrow().get(&self.key) {
                 None => return Err(Unavailable::Dropped),
                 Some(snapshot) => match &snapshot.state {
+                    State::Whole(_) | State::Taken(_)
+                        if snapshot.memory == Memory::MayHaveChanged =>
+                    {
+                        return Err(Unavailable::ChangedMemory(snapshot.id.clone()));
+                    }
                     State::Whole(images) | State::Taken(images) => return Ok(images.clone()),
                     State::Damaged { reason, .. } => {
                         let (id, reason) = (snapshot.id.clone(), reason.clone());

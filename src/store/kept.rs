@@ -23,7 +23,7 @@ use super::check::check;
 use super::image::Image;
 use super::pages::{Index, Layer, PAGE, PageRange, Run};
 use super::quota::{Charge, Quota};
-use super::snapshot::{Images, Sender, Snapshot, State};
+use super::snapshot::{Images, Memory, Sender, Snapshot, State};
 use super::turns::at_once;
 use super::{Key, Store, needs_view};
 use crate::criu::names::{check_id, check_image, check_list};
@@ -64,6 +64,9 @@ struct Text {
     begun_ms: u64,
     ended_ms: u64,
     reserved: bool,
+    /// Whether its memory may have changed before it was copied. A record of 0.1.0 does not say.
+    #[serde(default)]
+    memory_may_have_changed: bool,
     /// The lists of the sender's host that the id stands in.
     lists: Vec<String>,
     /// Smaller than that of snapshots which began later.
@@ -181,6 +184,9 @@ impl Store {
         snapshot.ended_ms = text.ended_ms;
         snapshot.reserved = text.reserved;
         snapshot.needs_view = needs_view;
+        if text.memory_may_have_changed {
+            snapshot.memory = Memory::MayHaveChanged;
+        }
         Ok(self.list_beyond(snapshot))
     }
 }
@@ -255,6 +261,7 @@ fn write(
         begun_ms: snapshot.begun_ms,
         ended_ms: snapshot.ended_ms,
         reserved: snapshot.reserved,
+        memory_may_have_changed: snapshot.memory != Memory::AsFrozen,
         lists,
         age: key.0,
         taken_ms,

@@ -43,7 +43,7 @@ pub use image::{Image, Part};
 pub use kept::{Again, Files, Kept, Lost};
 pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
-pub use snapshot::{Counts, Images, Sender, Snapshot, State};
+pub use snapshot::{Counts, Images, Memory, Sender, Snapshot, State};
 pub use tally::{Tally, one_more};
 
 use flat_images::flat_images;
@@ -383,6 +383,25 @@ impl Store {
         }
     }
 
+    /// The memory in a snapshot that is coming may have changed before it was copied.
+    pub fn mark_memory(&self, key: Key) {
+        self.update(key, |snapshot| snapshot.memory = Memory::MayHaveChanged);
+    }
+
+    /// What is known of the memory in a snapshot.
+    pub fn memory(&self, key: Key) -> Option<Memory> {
+        self.look(key, |snapshot| snapshot.memory)
+    }
+
+    /// Somebody wants a snapshot even though its memory may have changed. Returns whether it may have.
+    pub fn accept_changed_memory(&self, key: Key) -> bool {
+        let changed = self.memory(key) == Some(Memory::MayHaveChanged);
+        if changed {
+            self.update(key, |snapshot| snapshot.memory = Memory::Accepted);
+        }
+        changed
+    }
+
     /// The images of a snapshot of which everything has come, as if it was one dump: with the pages that came
     /// in rounds, or that are in its parent.
     async fn all_images(&self, key: Key, partial: bool) -> Result<Rc<Images>, String> {
@@ -423,16 +442,21 @@ impl Store {
     /// Binds a restore to the oldest snapshot that is whole or coming, that no restore is bound to
     /// or has taken, and that is not reserved.
     pub fn claim_oldest(self: &Rc<Store>) -> Option<Claim> {
-        let key = self
-            .snapshots
-            .borrow()
-            .iter()
-            .find(|(_, snapshot)| {
-                snapshot.restores == 0
-                    && !snapshot.reserved
-                    && matches!(snapshot.state, State::Receiving(_) | State::Whole(_))
+        let snapshots = self.snapshots.borrow();
+        let free = |snapshot: &Snapshot| {
+            snapshot.restores == 0
+                && !snapshot.reserved
+                && matches!(snapshot.state, State::Receiving(_) | State::Whole(_))
+        };
+        // One that would be refused keeps nobody from another; alone it is better refused than waited for.
+        let mut in_order = [false, true].into_iter().flat_map(|changed| {
+            snapshots.iter().filter(move |(_, snapshot)| {
+                (snapshot.memory == Memory::MayHaveChanged) == changed && free(snapshot)
             })
-            .map(|(key, _)| *key)?;
+        });
+        let key = in_order.next().map(|(key, _)| *key)?;
+        drop(in_order);
+        drop(snapshots);
         Some(self.bind(key, Permission::default()))
     }
 

@@ -158,7 +158,11 @@ impl Store {
     pub async fn set_parent(&self, key: Key, parent: &str) -> Result<(), Refused> {
         let host = self.look(key, |snapshot| snapshot.sender.host).ok_or(Refused::Dropped)?;
         let flat = self.pages_of(parent, host).await?;
-        self.update(key, |snapshot| snapshot.pages.of_parent = Some(flat));
+        let memory = self.find(parent, |parent| parent.memory).unwrap_or_default();
+        self.update(key, |snapshot| {
+            snapshot.pages.of_parent = Some(flat);
+            snapshot.memory = memory;
+        });
         Ok(())
     }
 }

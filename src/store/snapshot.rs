@@ -80,6 +80,18 @@ pub(super) struct Pages {
     joined: bool,
 }
 
+/// What is known of the memory in a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Memory {
+    /// It is as it was when the process was frozen.
+    #[default]
+    AsFrozen,
+    /// It was copied too late: the kernel, or the process, may have written into it before. No restore gets it.
+    MayHaveChanged,
+    /// It may have changed, and somebody wants it all the same.
+    Accepted,
+}
+
 /// A snapshot in the store.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -107,6 +119,8 @@ pub struct Snapshot {
     pub reserved: bool,
     /// When what happened.
     pub timeline: Timeline,
+    /// What is known of its memory.
+    pub memory: Memory,
     pub(super) pages: Pages,
 }
 
@@ -129,6 +143,7 @@ impl Snapshot {
             restores: 0,
             reserved: false,
             timeline,
+            memory: Memory::default(),
             pages: Pages::default(),
         }
     }

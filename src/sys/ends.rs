@@ -9,6 +9,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::connected::Stream;
+use super::held::Held;
 use super::pipe::{Pipe, PipeReader, PipeWriter, transfer};
 
 /// Where an image comes from.
@@ -18,6 +19,8 @@ pub enum Source {
     Pipe(PipeReader),
     /// The peer writes it into the socket.
     Socket(SocketReader),
+    /// What the peer wrote is copied first.
+    Held(Rc<Held>),
     /// The peer writes pages into the connection, among other things.
     Stream(Rc<Stream>),
 }
@@ -28,6 +31,10 @@ impl Source {
         match self {
             Source::Pipe(pipe) => pipe.readable().await,
             Source::Socket(socket) => socket.readable().await,
+            Source::Held(held) => {
+                held.readable().await;
+                Ok(())
+            }
             Source::Stream(stream) => stream.ready(Interest::READABLE).await.map(drop),
         }
     }
@@ -38,6 +45,7 @@ impl Source {
         match self {
             Source::Pipe(source) => source.transfer_to(pipe, len),
             Source::Socket(source) => source.transfer_to(pipe, len),
+            Source::Held(held) => held.transfer_to(pipe, len),
             Source::Stream(stream) => {
                 stream.try_io(Interest::READABLE, || transfer(&**stream, &pipe.into, len))
             }
@@ -49,6 +57,11 @@ impl Source {
         if let Source::Pipe(pipe) = self {
             pipe.grow(capacity);
         }
+    }
+
+    /// Whether everybody who writes into a pipe has closed it.
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Source::Pipe(pipe) if pipe.is_closed())
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod clock;
 pub mod connected;
 pub mod ends;
+pub mod held;
 pub(crate) mod inherited;
 pub mod memfd;
 pub mod pipe;

@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::pipe::{
     PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice,
@@ -115,6 +116,33 @@ impl PipeReader {
     /// `WouldBlock` means that nothing is there yet.
     pub fn transfer_to(&self, pipe: &Pipe, len: usize) -> io::Result<usize> {
         self.0.try_io(|| transfer(&self.0, &pipe.into, len))
+    }
+
+    /// Copies what is there, at most `len` bytes, to `offset` of a file, and moves `offset` on; 0 is the end of the image.
+    /// After `WouldBlock` [`readable`](PipeReader::readable) waits.
+    pub fn transfer_to_file(
+        &self,
+        file: impl AsFd,
+        offset: &mut u64,
+        len: usize,
+    ) -> io::Result<usize> {
+        self.0.try_io(|| transfer_to_file(&self.0, file, offset, len))
+    }
+
+    /// The same for what is there in this very moment, even if nobody has waited for it.
+    pub fn transfer_now_to_file(
+        &self,
+        file: impl AsFd,
+        offset: &mut u64,
+        len: usize,
+    ) -> io::Result<usize> {
+        transfer_to_file(&self.0, file, offset, len)
+    }
+
+    /// Whether everybody who wrote into it has closed it. What they wrote may still be there.
+    pub fn is_closed(&self) -> bool {
+        let mut pipe = [PollFd::new(&self.0, PollFlags::empty())];
+        poll(&mut pipe, Some(&Timespec::default())).is_ok_and(|events| events > 0)
     }
 
     /// Grows the pipe, see [`grow`].

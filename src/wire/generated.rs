@@ -78,6 +78,10 @@ pub struct SnapshotEnd {
     /// It is no checkpoint by itself (a pre-dump), or its writer vouches for it: inventory.img is not asked for.
     #[prost(bool, tag = "5")]
     pub partial: bool,
+    /// The pages were not copied before CRIU could end or thaw the process: its memory may have changed meanwhile. Only said to
+    /// a cache that named the feature "memory-may-have-changed".
+    #[prost(bool, tag = "6")]
+    pub memory_may_have_changed: bool,
 }
 /// cache → proxy: the snapshot is whole and kept, or the pages of the round are.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

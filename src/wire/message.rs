@@ -20,6 +20,9 @@ pub const REGION_MAX: usize = 256 << 10;
 /// Either side ends a link on which it owes more regions than this at once.
 pub const REGIONS_MAX: usize = 1024;
 
+/// What a cache names in its WELCOME that understands when it is told that memory may have changed.
+pub const MEMORY_MAY_HAVE_CHANGED: &str = "memory-may-have-changed";
+
 /// No reason in an abort or a goodbye is longer than this, in bytes.
 const REASON_MAX: usize = 1024;
 
@@ -269,9 +272,10 @@ mod tests {
                     images: 2,
                     bytes: 300,
                     partial: true,
+                    memory_may_have_changed: true,
                 }),
                 0,
-                b"\x06\0\x0b\0\0\0\0\0\x08\x01\x10\x01\x18\x02\x20\xac\x02\x28\x01",
+                b"\x06\0\x0d\0\0\0\0\0\x08\x01\x10\x01\x18\x02\x20\xac\x02\x28\x01\x30\x01",
             ),
             (
                 Message::SnapshotAck(SnapshotAck { snapshot: 1, images: 2, bytes: 300 }),

@@ -202,10 +202,23 @@ impl Sender {
         Some(Message::ImageEnd(ImageEnd { snapshot, image, size }))
     }
 
-    /// Everything has been sent. What is `partial` need not be a checkpoint by itself.
-    pub fn end(&mut self, snapshot: u32, partial: bool) -> Option<Message> {
+    /// Everything has been sent. What is `partial` need not be a checkpoint by itself. Of some the memory may have
+    /// changed before it was copied.
+    pub fn end(
+        &mut self,
+        snapshot: u32,
+        partial: bool,
+        memory_may_have_changed: bool,
+    ) -> Option<Message> {
         let Outgoing { images, bytes, .. } = self.snapshots.remove(&snapshot)?;
-        Some(Message::SnapshotEnd(SnapshotEnd { snapshot, complete: true, images, bytes, partial }))
+        Some(Message::SnapshotEnd(SnapshotEnd {
+            snapshot,
+            complete: true,
+            images,
+            bytes,
+            partial,
+            memory_may_have_changed,
+        }))
     }
 
     /// The snapshot is given up, by this side or by the cache. Either way one message ends it.
@@ -247,9 +260,16 @@ mod tests {
         pass(sender.data(0, 1, 4096).unwrap(), 4096);
         pass(sender.end_image(0, 1).unwrap(), 0);
         pass(sender.end_image(0, 0).unwrap(), 0);
-        let end = pass(sender.end(0, false).unwrap(), 0);
-        assert_eq!(end, Action::Complete { snapshot: 0, images: 2, bytes: 8292, partial: false });
-        assert_eq!(sender.end(0, false), None);
+        let end = pass(sender.end(0, false, false).unwrap(), 0);
+        let complete = |snapshot, images, bytes| Action::Complete {
+            snapshot,
+            images,
+            bytes,
+            partial: false,
+            memory_may_have_changed: false,
+        };
+        assert_eq!(end, complete(0, 2, 8292));
+        assert_eq!(sender.end(0, false, false), None);
     }
 
     #[test]
@@ -272,15 +292,21 @@ mod tests {
         let (mut sender, mut receiver) = (Sender::default(), receiver());
         receiver.receive(sender.begin(0, "one", false), 0).unwrap();
         receiver.receive(sender.begin(1, "two", false), 0).unwrap();
-        let end = SnapshotEnd { snapshot: 0, complete: true, images: 1, bytes: 5, partial: false };
+        let end = SnapshotEnd {
+            snapshot: 0,
+            complete: true,
+            images: 1,
+            bytes: 5,
+            ..SnapshotEnd::default()
+        };
         let Action::Damaged { reason, .. } =
             receiver.receive(Message::SnapshotEnd(end), 0).unwrap()
         else {
             panic!()
         };
         assert_eq!(reason, "1 images with 5 bytes were announced, 0 with 0 have come");
-        let end = receiver.receive(sender.end(1, false).unwrap(), 0);
-        assert_eq!(end, Ok(Action::Complete { snapshot: 1, images: 0, bytes: 0, partial: false }));
+        let end = receiver.receive(sender.end(1, false, false).unwrap(), 0);
+        assert!(matches!(end, Ok(Action::Complete { snapshot: 1, images: 0, bytes: 0, .. })));
     }
 
     #[test]
@@ -400,7 +426,7 @@ mod tests {
                     Step::Image(s, i) => (sender.begin_image(s, i, &format!("i-{i}.img"), false), 0),
                     Step::Data(s, i, len) => (sender.data(s, i, len), len),
                     Step::EndImage(s, i) => (sender.end_image(s, i), 0),
-                    Step::End(s) => (sender.end(s, false), 0),
+                    Step::End(s) => (sender.end(s, false, false), 0),
                 };
                 let action = receiver.receive(message.unwrap(), len).unwrap();
                 complete += u32::from(matches!(action, Action::Complete { .. }));

@@ -45,12 +45,18 @@ impl CacheStandin {
 
     /// The next link, up.
     pub(crate) fn welcome(&self) -> Link {
+        self.welcome_with(&[])
+    }
+
+    /// The same of a cache that can do more than the base.
+    pub(crate) fn welcome_with(&self, features: &[&str]) -> Link {
         let mut link = self.accept();
         link.receive_preface();
         let (hello, _) = link.receive().expect("a hello");
         assert!(matches!(hello, Message::Hello(_)), "{hello:?}");
         link.say(&frame::preface());
-        link.send(&Message::Welcome(Welcome { name: "standin".to_owned(), features: Vec::new() }));
+        let features = features.iter().map(|&feature| feature.to_owned()).collect();
+        link.send(&Message::Welcome(Welcome { name: "standin".to_owned(), features }));
         link
     }
 }

@@ -173,6 +173,18 @@ impl Daemon {
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     }
 
+    /// Stops it for a while, as a machine does that is busy.
+    pub(crate) fn pause(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+
+    /// Lets it go on.
+    pub(crate) fn go_on(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    }
+
     /// The directory of its sockets.
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
@@ -402,7 +414,8 @@ impl Daemon {
         address
     }
 
-    fn control<T>(
+    /// Calls it on its control socket.
+    pub(crate) fn control<T>(
         &self,
         call: impl AsyncFnOnce(&mut Client) -> Result<T, ClientError>,
     ) -> Result<T, ClientError> {

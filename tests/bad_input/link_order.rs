@@ -170,7 +170,8 @@ fn assert_bad_end(end: SnapshotEnd, cause: &str) {
 #[test]
 fn counts_that_are_not_true_damage_their_snapshot() {
     for (images, bytes) in [(1, 24), (3, 24), (2, 23), (2, 25), (0, 0)] {
-        let end = SnapshotEnd { snapshot: 0, complete: true, images, bytes, partial: false };
+        let end =
+            SnapshotEnd { snapshot: 0, complete: true, images, bytes, ..SnapshotEnd::default() };
         let cause =
             format!("{images} images with {bytes} bytes were announced, 2 with 24 have come");
         assert_bad_end(end, &cause);
@@ -179,7 +180,13 @@ fn counts_that_are_not_true_damage_their_snapshot() {
 
 #[test]
 fn an_end_that_is_not_complete_damages_its_snapshot() {
-    let end = SnapshotEnd { snapshot: 0, complete: false, images: 2, bytes: 24, partial: false };
+    let end = SnapshotEnd {
+        snapshot: 0,
+        complete: false,
+        images: 2,
+        bytes: 24,
+        ..SnapshotEnd::default()
+    };
     assert_bad_end(end, "its end came without the mark of completeness");
 }
 

@@ -27,6 +27,7 @@ mod gets_at_proxy;
 mod link_at_cache;
 mod link_at_proxy;
 mod link_order;
+mod memory;
 mod metrics;
 mod opened;
 mod outcomes;

@@ -67,8 +67,13 @@ impl ProxyStandin {
     }
 
     pub(crate) fn end(&mut self, snapshot: u32, images: u64, bytes: usize) {
-        let end =
-            SnapshotEnd { snapshot, complete: true, images, bytes: bytes as u64, partial: false };
+        let end = SnapshotEnd {
+            snapshot,
+            complete: true,
+            images,
+            bytes: bytes as u64,
+            ..SnapshotEnd::default()
+        };
         self.link.send(&Message::SnapshotEnd(end));
     }
 

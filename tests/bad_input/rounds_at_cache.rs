@@ -165,7 +165,7 @@ fn pages_that_were_announced_and_do_not_come_fail_their_round() {
 }
 
 fn end(spaces: u64, bytes: u64) -> SnapshotEnd {
-    SnapshotEnd { snapshot: 2, complete: true, images: spaces, bytes, partial: false }
+    SnapshotEnd { snapshot: 2, complete: true, images: spaces, bytes, ..SnapshotEnd::default() }
 }
 
 #[test]

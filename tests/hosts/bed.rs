@@ -160,6 +160,15 @@ impl Bed {
         ["criu", "dump", "--stream", "-D", dir, "-W", "/tmp", "-t", pid, "-o", "dump.log"]
     }
 
+    /// The same with the action script that has CRIU wait for the cache.
+    pub(crate) fn hooked_dump<'a>(pid: &'a str, dir: &'a str) -> [&'a str; 13] {
+        let [criu, rest @ ..] = Bed::dump(pid, dir);
+        let mut hooked = [criu; 13];
+        hooked[1..11].copy_from_slice(&rest);
+        hooked[11..].copy_from_slice(&["--action-script", "criu-imagectl"]);
+        hooked
+    }
+
     /// `criu restore` on host B.
     pub(crate) fn restore(dir: &str) -> [&str; 10] {
         ["criu", "restore", "-d", "--stream", "-D", dir, "-W", "/tmp", "-o", "restore.log"]
@@ -189,6 +198,18 @@ impl Bed {
             counter: report["counter"].as_u64().unwrap(),
             checksum: report["checksum"].as_str().unwrap().to_owned(),
         }
+    }
+
+    /// Starts a process of `mib` MiB with threads and robust mutexes, as [`workload`](Bed::workload) does.
+    #[track_caller]
+    pub(crate) fn threads(&self, host: Host, name: &str, mib: u32) -> String {
+        self.hosts(&["threads", host.name(), name, &mib.to_string()]).trim().to_owned()
+    }
+
+    /// Makes one report everything that it says of itself.
+    #[track_caller]
+    pub(crate) fn report(&self, host: Host, name: &str, pid: &str) -> Value {
+        serde_json::from_str(&self.hosts(&["ask", host.name(), name, pid])).unwrap()
     }
 
     /// Whether a process is there.

@@ -10,7 +10,7 @@ fn an_extracted_snapshot_is_a_plain_images_directory() {
     let bed = Bed::up();
     let pid = bed.workload(Host::A, "web", 32);
     let before = bed.ask(Host::A, "web", &pid);
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     let id = bed.list(Host::B)[0]["id"].as_str().unwrap().to_owned();
     bed.ok(Host::B, &["criu-imagectl", "extract", "--snapshot", &id, "/tmp/images"]);
 
@@ -51,7 +51,7 @@ fn what_was_taken_is_restored_once_more_only_when_it_is_said() {
         bed.ok(host, &["mkdir", "/tmp/web"]);
         bed.ok(host, &["criu-imagectl", "open", "/tmp/web"]);
     }
-    bed.ok(Host::A, &Bed::dump(&pid, "/tmp/web"));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, "/tmp/web"));
     bed.ok(Host::B, &Bed::restore("/tmp/web"));
     bed.ok(Host::B, &["kill", "-KILL", &pid]);
     wait_until("it is gone", || !bed.lives(Host::B, &pid));
@@ -71,7 +71,7 @@ fn what_was_taken_is_restored_once_more_only_when_it_is_said() {
 fn viewed(bed: &Bed, dir: &str) -> (String, Report) {
     let pid = bed.workload(Host::A, "web", 32);
     let before = bed.ask(Host::A, "web", &pid);
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     let id = bed.list(Host::B)[0]["id"].as_str().unwrap().to_owned();
     bed.ok(Host::B, &["criu-imagectl", "view", "--snapshot", &id, dir]);
     (pid, before)

@@ -20,7 +20,7 @@ fn dump_that_is_stuck(bed: &Bed, pid: &str) -> std::process::Child {
 #[track_caller]
 fn assert_the_next_dump_works(bed: &Bed, name: &str, pid: &str) {
     let before = bed.ask(Host::A, name, pid);
-    bed.ok(Host::A, &Bed::dump(pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(pid, Host::A.work_dir()));
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
     assert_eq!(bed.ask(Host::B, name, pid).checksum, before.checksum);
 }
@@ -100,7 +100,7 @@ fn a_cache_killed_in_the_middle_fails_the_dump_towards_the_source() {
     let pid = bed.workload(Host::A, "web", 256);
     // The link is up, so that the cache is there to be killed.
     let other = bed.workload(Host::A, "other", 8);
-    bed.ok(Host::A, &Bed::dump(&other, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&other, Host::A.work_dir()));
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
     let cache = bed.daemon_pid(Host::B);
     bed.ok(Host::B, &["kill", "-STOP", &cache]);

@@ -77,7 +77,7 @@ fn a_migration_is_seen_in_the_figures_of_both_hosts() {
     let before = bed.ask(Host::A, "web", &pid);
     let scrapers = BOTH.map(|host| bed.spawn(host, &scraper(host, &["/tmp/enough"])));
     let begun = Instant::now();
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     let id = bed.list(Host::A)[0]["id"].as_str().unwrap().to_owned();
     bed.ctl(Host::A, &["wait", &id]);
     let dumped = begun.elapsed().as_secs_f64();

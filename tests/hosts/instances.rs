@@ -70,7 +70,7 @@ fn a_process_moves_from_an_instance_to_an_instance() {
     // By CRIU's own means, too; and by name.
     let pid = bed.workload(Host::A, "db", 16);
     let before = bed.ask(Host::A, "db", &pid);
-    bed.ok(Host::A, &Bed::dump(&pid, "/run/criu-image/proxy@rack7"));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, "/run/criu-image/proxy@rack7"));
     bed.ok(Host::B, &Bed::restore("/run/criu-image/cache@rack7"));
     assert_eq!(bed.ask(Host::B, "db", &pid).checksum, before.checksum);
     let ctl = ["criu-imagectl", "--instance", "rack7"];

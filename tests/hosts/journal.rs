@@ -106,7 +106,7 @@ fn the_messages_of_snapshots_come_with_their_explanations() {
         bed.configure(Host::B, key, &format!("{value:?}"));
     }
     let pid = bed.workload(Host::A, "web", 4);
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
     let sent = bed.list(Host::A)[0]["id"].as_str().unwrap().to_owned();
     assert_told(&bed, Host::A, "SNAPSHOT_SENT", &format!("Snapshot {sent} is at the cache"));

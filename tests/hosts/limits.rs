@@ -47,7 +47,7 @@ fn two_thousand_images_need_no_more_threads() {
         assert!(idle < 10, "{idle} threads");
         (host, pid, idle)
     });
-    let dump = bed.spawn(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    let dump = bed.spawn(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     let most = watch(dump, || {
         let surplus =
             daemons.each_ref().map(|(host, pid, idle)| threads(*host, pid).saturating_sub(*idle));
@@ -72,7 +72,7 @@ fn the_proxy_stays_small_while_four_gib_pass() {
     let before = bed.ask(Host::A, "big", &pid);
     bed.ctl(Host::A, &["status"]);
     let proxy = bed.daemon_pid(Host::A);
-    let dump = bed.spawn(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    let dump = bed.spawn(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     let pss = watch(dump, || daemon_figure(&bed, Host::A, &proxy, "smaps_rollup", "Pss:"));
     println!("largest Pss of the proxy: {pss} KiB");
     assert!(pss < 20 << 10, "{pss} KiB");

@@ -29,6 +29,7 @@ mod instances;
 mod journal;
 mod limits;
 mod local_users;
+mod memory;
 mod migration;
 mod one_command;
 mod page_server;

@@ -17,7 +17,7 @@ fn a_live_process_moves_and_goes_on_counting() {
     let pid = bed.workload(Host::A, "web", 64);
     let before = bed.ask(Host::A, "web", &pid);
 
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     wait_until("the process is gone", || !bed.lives(Host::A, &pid));
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
 
@@ -37,7 +37,7 @@ fn a_restore_started_before_the_dump_waits_and_completes() {
     wait_until("the restore waits at the cache", || {
         bed.ctl(Host::B, &["status"])[0]["sessions"] == 1
     });
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     finish(restore);
     assert_eq!(bed.ask(Host::B, "web", &pid).checksum, before.checksum);
 }
@@ -52,7 +52,7 @@ fn two_dumps_at_once_share_the_sockets_and_two_restores_get_one_each() {
     });
     let dumps = workloads.each_ref().map(|(name, pid, _)| {
         bed.ok(Host::A, &["mkdir", "-p", &format!("/tmp/{name}")]);
-        let mut dump = Bed::dump(pid, Host::A.work_dir()).map(str::to_owned);
+        let mut dump = Bed::hooked_dump(pid, Host::A.work_dir()).map(str::to_owned);
         dump[6] = format!("/tmp/{name}");
         bed.spawn(Host::A, &dump)
     });
@@ -91,7 +91,7 @@ fn twenty_processes_dumped_at_once_each_from_a_directory_of_its_own() {
         })
         .collect();
     let spawn_dump = |(_, pid, dir, _): &(String, String, String, _)| {
-        let mut dump = Bed::dump(pid, dir);
+        let mut dump = Bed::hooked_dump(pid, dir);
         dump[6] = dir;
         bed.spawn(Host::A, &dump)
     };
@@ -125,7 +125,7 @@ fn a_process_with_a_network_namespace_of_its_own_moves() {
     });
     let pid = bed.ok(Host::A, &["systemctl", "show", "-P", "MainPID", "netns"]).trim().to_owned();
     let before = bed.ask(Host::A, "netns", &pid);
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     let images = bed.ctl(Host::B, &["show", bed.list(Host::B)[0]["id"].as_str().unwrap()]);
     assert!(images.to_string().contains("route-"), "{images}");
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));

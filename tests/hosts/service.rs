@@ -11,7 +11,7 @@ fn is_active(bed: &Bed, host: Host) -> bool {
 fn migrate(bed: &Bed, name: &str) {
     let pid = bed.workload(Host::A, name, 16);
     let before = bed.ask(Host::A, name, &pid);
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
     assert_eq!(bed.ask(Host::B, name, &pid).checksum, before.checksum);
 }
@@ -98,7 +98,7 @@ fn what_is_whole_outlives_a_restart_and_a_crash_of_the_cache() {
     let bed = Bed::up();
     let pid = bed.workload(Host::A, "web", 64);
     let before = bed.ask(Host::A, "web", &pid);
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     let id = bed.list(Host::A)[0]["id"].as_str().unwrap().to_owned();
     bed.ctl(Host::A, &["wait", &id]);
     bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache"]);

@@ -35,7 +35,7 @@ fn hosts_in_service() -> Bed {
 fn migrate(bed: &Bed, name: &str) {
     let pid = bed.workload(Host::A, name, 16);
     let before = bed.ask(Host::A, name, &pid);
-    bed.ok(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
+    bed.ok(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
     assert!(!bed.lives(Host::A, &pid));
     bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
     let after = bed.ask(Host::B, name, &pid);

@@ -3,7 +3,9 @@
 pub(super) mod args;
 
 use std::fs;
+use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use serde_json::json;
@@ -18,6 +20,7 @@ use crate::control::model::Role;
 use crate::control::{Client, ClientError, Reading};
 use crate::criu::names::check_id;
 use crate::criu::stream::{CAPTURE_SOCKET, SERVE_SOCKET};
+use crate::daemon::CONTROL_SOCKET;
 use crate::sys::unix;
 
 /// Binds the sockets, hands them over, and tells the criu commands to use.
@@ -51,6 +54,9 @@ pub(super) async fn run(daemon: &Daemon, output: Output, open: &Open) -> Result<
         return Err(error.into());
     }
 
+    if role == Role::Proxy {
+        link_control_socket(client.path(), &dir);
+    }
     let commands = commands(role, &dir, &id, server);
     let mut result = json!({ "snapshot": id, "socket": path, "command": commands[0] });
     if let Some(server) = server {
@@ -63,6 +69,20 @@ pub(super) async fn run(daemon: &Daemon, output: Output, open: &Open) -> Result<
         Some(_) if role == Role::Proxy => commands[1..].join("\n"),
         _ => commands.join("\n"),
     })
+}
+
+/// Leaves a way to the proxy beside the socket, for `hook`. Without it, that asks the system's proxy.
+fn link_control_socket(control: &Path, dir: &Path) {
+    let link = dir.join(CONTROL_SOCKET);
+    if fs::symlink_metadata(&link).is_ok_and(|found| found.is_symlink()) {
+        let _ = fs::remove_file(&link);
+    }
+    let linked = std::path::absolute(control).and_then(|control| symlink(control, &link));
+    if let Err(error) = linked {
+        let mut stderr = io::stderr();
+        let _ =
+            writeln!(stderr, "{}: {error}; criu-imagectl hook needs --socket then", link.display());
+    }
 }
 
 fn refuse_ways_of_a_dump(open: &Open) -> Result<(), Failure> {
@@ -107,14 +127,15 @@ fn commands(role: Role, dir: &Path, id: &str, server: Option<SocketAddr>) -> Vec
     let pages = |server: SocketAddr| {
         format!("--page-server --address {} --port {}", server.ip(), server.port())
     };
+    let dump = format!("criu dump --stream -D {at} -t PID --action-script criu-imagectl");
     match (role, server) {
-        (Role::Proxy, None) => vec![format!("criu dump --stream -D {at} -t PID")],
+        (Role::Proxy, None) => vec![dump],
         (Role::Cache, None) => vec![format!("criu restore --stream -D {at}")],
         (Role::Proxy, Some(server)) => {
             let [first, second, last] = ["1", "2", "3"].map(|round| word(&dir.join(round)));
             let pages = pages(server);
             vec![
-                format!("criu dump --stream -D {at} -t PID"),
+                dump,
                 format!("mkdir {first} {second} {last}"),
                 format!("criu pre-dump -t PID -D {first} --track-mem {pages}"),
                 format!(

@@ -36,6 +36,10 @@ pub(in crate::ctl) struct Restore {
     #[arg(long)]
     pub(in crate::ctl) copy: bool,
 
+    /// Restore it even if the memory in it may have changed before it was copied
+    #[arg(long)]
+    pub(in crate::ctl) accept_changed_memory: bool,
+
     /// Give up if the snapshot is not whole after this time, as in 30, 1.5s, 500ms, 10min, 2h
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(in crate::ctl) timeout: Option<Duration>,

@@ -24,6 +24,7 @@ use self::way::Way;
 use super::cli::{Daemon, Until, Wait};
 use super::criu::{LOG, Run, log_tail};
 use super::exit::{Exit, Failure};
+use super::extract::accept_memory;
 use super::interrupts::Interrupts;
 use super::print::{Output, clean, size};
 use super::{reach, view, wait};
@@ -54,6 +55,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
     let cache = client.path().to_owned();
     drop(client);
     let (held, snapshot) = when_whole(&cache, args, &mut interrupts).await?;
+    accept_memory(&cache, &snapshot, args.accept_changed_memory).await?;
     let way = Way::of(args, &snapshot);
     if let Some(why) = way.why() {
         let told = clean(&format!("snapshot {id} is restored from a view: {why}"));

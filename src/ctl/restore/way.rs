@@ -57,6 +57,7 @@ mod tests {
             begun_ms: 1,
             ended_ms: 2,
             needs_view: needs_view.to_owned(),
+            memory_may_have_changed: None,
         };
         Way::of(&args, &snapshot)
     }

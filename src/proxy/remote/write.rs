@@ -8,13 +8,16 @@ use tokio::time::timeout;
 
 use super::session::Session;
 use super::snapshot::{Snapshot, Writing};
+use crate::criu::images::may_be_lent;
 use crate::criu::remote::Reply;
 use crate::daemon::remote::BadClient;
 use crate::daemon::sessions::BadSession;
+use crate::proxy::copy::Copy;
 use crate::proxy::failure::Failure;
 use crate::proxy::forward::Forward;
 use crate::proxy::upload::{Told, Upload, lost};
 use crate::sys::ends::Source;
+use crate::sys::held::Held;
 
 impl Session {
     /// From the header to the image's end, and for an acknowledged one until the cache has it.
@@ -24,6 +27,9 @@ impl Session {
         append: bool,
         acknowledge: bool,
     ) -> Result<bool, Failure> {
+        if !acknowledge && may_be_lent(&writing.name) {
+            return self.write_lent_image(writing, append).await;
+        }
         let (snapshot, name) = (&writing.snapshot, &writing.name);
         let limit = self.settings.link.ack_timeout;
         let upload = snapshot.upload(&self.proxy).await?;
@@ -55,6 +61,46 @@ impl Session {
             hear(&upload, &mut told, Told::Acknowledged, limit).await?;
         }
         Ok(matches!(*source, Source::Pipe(_)))
+    }
+
+    /// An image whose writer waits for nobody, and may lend what it writes: it is copied whatever the link does.
+    async fn write_lent_image(&self, writing: &Writing, append: bool) -> Result<bool, Failure> {
+        let (snapshot, name, budget) = (&writing.snapshot, &writing.name, &self.proxy.budget);
+        let source = self.source(snapshot, name).await?;
+        let through_pipe = matches!(source, Source::Pipe(_));
+        let held = Held::new(name, source, budget).map_err(|error| Failure::Image {
+            name: name.clone(),
+            cause: format!("it cannot be copied: {error}"),
+        })?;
+        let held = Rc::new(held);
+        let stall_timeout = self.settings.sessions.stall_timeout;
+        let pipe_size = usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX);
+        let written = snapshot.written.clone();
+        let copy = Copy { held: held.clone(), written, stall_timeout, pipe_size };
+        let sending = async {
+            let upload = snapshot.upload(&self.proxy).await?;
+            let image = upload.begin_image(name, append).await;
+            snapshot.record.begin_image(name, append);
+            let forward = Forward {
+                upload: upload.clone(),
+                image,
+                name: name.clone(),
+                source: Rc::new(Source::Held(held)),
+                record: snapshot.record.clone(),
+                records: self.proxy.records.clone(),
+                written: snapshot.written.clone(),
+                stall_timeout,
+                pipe_size,
+            };
+            forward.run().await
+        };
+        let mut copying = std::pin::pin!(copy.run(budget, || ()));
+        let mut sending = std::pin::pin!(sending);
+        let outcome = tokio::select! {
+            ended = &mut sending => ended,
+            () = &mut copying => sending.await,
+        };
+        outcome.map(|_| through_pipe)
     }
 
     /// Waits for the first byte of an image, or its pipe, as long as an image may stand still.

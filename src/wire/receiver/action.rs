@@ -111,6 +111,8 @@ pub enum Action {
         bytes: u64,
         /// Whether it need not be a checkpoint by itself.
         partial: bool,
+        /// Whether the memory may have changed before it was copied.
+        memory_may_have_changed: bool,
     },
     /// The snapshot cannot be completed. Unless the peer aborted it itself, it is told.
     Damaged {

@@ -268,7 +268,13 @@ impl Receiver {
         }
         Ok(match incoming {
             Incoming::Round(_) => Action::CompleteRound { snapshot, spaces: count, bytes },
-            _ => Action::Complete { snapshot, images: count, bytes, partial: end.partial },
+            _ => Action::Complete {
+                snapshot,
+                images: count,
+                bytes,
+                partial: end.partial,
+                memory_may_have_changed: end.memory_may_have_changed,
+            },
         })
     }
 

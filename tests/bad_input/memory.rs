@@ -1,0 +1,190 @@
+//! Memory that is copied too late, what the daemons make of that, and CRIU's action script.
+
+use std::io::Write;
+use std::time::Duration;
+
+use criu_image_relay::control::ClientError;
+use criu_image_relay::control::model::SnapshotState;
+use criu_image_relay::criu::images::INVENTORY;
+use criu_image_relay::wire::message::{MEMORY_MAY_HAVE_CHANGED, Message, SnapshotAck, SnapshotEnd};
+
+use crate::cache_standin::CacheStandin;
+use crate::criu::{Criu, RECORDS};
+use crate::daemons::{Daemon, eventually};
+use crate::hosts::Hosts;
+use crate::link::Link;
+use crate::proxy_standin::ProxyStandin;
+
+const LONG: Duration = Duration::from_secs(20);
+
+/// The pid that the proxy sees as CRIU's.
+fn criu_pid() -> i32 {
+    std::process::id().try_into().unwrap()
+}
+
+/// CRIU hands over everything, and ends, while the proxy sees nothing of it.
+fn dump_unseen(proxy: &Daemon) {
+    proxy.pause();
+    let mut dump = Criu::dump(proxy);
+    dump.write("core-7.img", RECORDS);
+    dump.write("pages-1.img", &[7; 8192]);
+    dump.complete();
+    proxy.go_on();
+}
+
+/// What the proxy says at the end of the next snapshot on a link.
+fn end_of_snapshot(link: &mut Link) -> SnapshotEnd {
+    loop {
+        if let (Message::SnapshotEnd(end), _) = link.receive().expect("the snapshot goes on") {
+            let SnapshotEnd { snapshot, images, bytes, .. } = end;
+            link.send(&Message::SnapshotAck(SnapshotAck { snapshot, images, bytes }));
+            return end;
+        }
+    }
+}
+
+#[test]
+fn a_dump_that_is_copied_after_criu_has_ended_is_marked_and_one_copied_before_is_not() {
+    let cache = CacheStandin::listen();
+    let proxy = Daemon::proxy(cache.address(), &[]);
+    dump_unseen(&proxy);
+    let mut link = cache.welcome_with(&[MEMORY_MAY_HAVE_CHANGED]);
+    assert!(end_of_snapshot(&mut link).memory_may_have_changed);
+    proxy.assert_log(&["may have changed", "--action-script criu-imagectl", "no restore"]);
+
+    let mut dump = Criu::dump(&proxy);
+    dump.write("pages-1.img", &[7; 8192]);
+    assert!(eventually(|| proxy.status().held_bytes > 0 || proxy.status().total_bytes > 16_000));
+    // Whatever it asks for next shows that it has not asked for the last one.
+    dump.write("core-7.img", RECORDS);
+    let inventory = dump.create(INVENTORY);
+    std::thread::sleep(Duration::from_millis(50));
+    (&inventory).write_all(RECORDS).unwrap();
+    drop((inventory, dump));
+    assert!(!end_of_snapshot(&mut link).memory_may_have_changed);
+}
+
+#[test]
+fn a_cache_of_0_1_0_is_not_told_and_the_journal_says_so() {
+    let cache = CacheStandin::listen();
+    let proxy = Daemon::proxy(cache.address(), &[]);
+    dump_unseen(&proxy);
+    let mut link = cache.welcome();
+    assert!(!end_of_snapshot(&mut link).memory_may_have_changed);
+    proxy.assert_log(&["may have changed", "the cache is of a version that does not know of this"]);
+}
+
+#[test]
+fn pages_are_copied_while_there_is_no_link_yet() {
+    let cache = CacheStandin::listen();
+    let proxy = Daemon::proxy(cache.address(), &[]);
+    let mut dump = Criu::dump(&proxy);
+    // Much more than the pipe holds.
+    dump.write("pages-1.img", &vec![7; 8 << 20]);
+    assert!(eventually(|| proxy.status().held_bytes == 8 << 20), "{:?}", proxy.status());
+    let mut link = cache.welcome();
+    dump.write("core-7.img", RECORDS);
+    let inventory = dump.create(INVENTORY);
+    std::thread::sleep(Duration::from_millis(50));
+    (&inventory).write_all(RECORDS).unwrap();
+    drop((inventory, dump));
+    assert_eq!(end_of_snapshot(&mut link).bytes, (8 << 20) + 2 * RECORDS.len() as u64);
+    assert!(eventually(|| proxy.status().held_bytes == 0));
+}
+
+#[test]
+fn a_marked_snapshot_is_refused_at_once_until_somebody_accepts_it() {
+    let (cache, address) = Daemon::cache(&[]);
+    let mut proxy = ProxyStandin::connect(address);
+    proxy.begin(0, "web");
+    proxy.image(0, 0, "core-7.img", RECORDS);
+    proxy.image(0, 1, INVENTORY, RECORDS);
+    let bytes = 2 * RECORDS.len() as u64;
+    proxy.link.send(&Message::SnapshotEnd(SnapshotEnd {
+        snapshot: 0,
+        complete: true,
+        images: 2,
+        bytes,
+        partial: false,
+        memory_may_have_changed: true,
+    }));
+    proxy.assert_acknowledged(0);
+    cache.assert_state("web", SnapshotState::Whole);
+    assert_eq!(cache.show("web").unwrap().memory_may_have_changed, Some(true));
+
+    let mut restore = Criu::restore(&cache);
+    restore.request("core-7.img");
+    restore.assert_closed();
+    cache.assert_log(&["a restore by", "may have changed", "--accept-changed-memory web"]);
+    // One that came later is not held up.
+    proxy.whole(1, "other", "core-8.img", RECORDS);
+    assert!(Criu::restore(&cache).ask("core-8.img"));
+
+    cache.control(async |client| client.accept_changed_memory("web").await).unwrap();
+    cache.assert_log(&["snapshot web is given to restores", "accepts that"]);
+    assert_eq!(Criu::restore(&cache).read("core-7.img"), RECORDS);
+}
+
+#[test]
+fn the_hook_is_answered_when_the_cache_has_everything_and_again_when_it_asks_again() {
+    let hosts = Hosts::start();
+    hosts.proxy.control(async |client| client.expect_dump(criu_pid()).await).unwrap();
+    let mut dump = Criu::dump(&hosts.proxy);
+    dump.write("core-7.img", RECORDS);
+    dump.write("pages-1.img", &[7; 8192]);
+    dump.write(INVENTORY, RECORDS);
+    // CRIU has not closed its socket: its script runs.
+    for _ in 0..2 {
+        let finish = hosts.proxy.control(async |client| client.finish_dump(criu_pid(), LONG).await);
+        let snapshot = finish.unwrap();
+        assert_eq!((snapshot.state, snapshot.images), (SnapshotState::Whole, 3));
+        assert_eq!(snapshot.memory_may_have_changed, None);
+        hosts.cache.assert_state(&snapshot.id, SnapshotState::Whole);
+    }
+    assert_eq!(Criu::restore(&hosts.cache).read("pages-1.img"), [7; 8192]);
+}
+
+#[test]
+fn a_hook_that_is_announced_and_does_not_wait_makes_a_marked_snapshot() {
+    let hosts = Hosts::start();
+    hosts.proxy.control(async |client| client.expect_dump(criu_pid()).await).unwrap();
+    let mut dump = Criu::dump(&hosts.proxy);
+    dump.write("pages-1.img", &[7; 8192]);
+    dump.complete();
+    hosts.proxy.assert_log(&["may have changed", "did not wait at its post-dump"]);
+    hosts.cache.assert_log(&["may have changed", "--action-script criu-imagectl"]);
+}
+
+#[test]
+fn a_hook_fails_in_plain_words_and_its_snapshot_is_given_up() {
+    let cache = CacheStandin::listen();
+    let proxy = Daemon::proxy(cache.address(), &[]);
+    let finish = |limit| proxy.control(async |client| client.finish_dump(criu_pid(), limit).await);
+    let refused = |limit| match finish(limit) {
+        Err(ClientError::Refused(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    let why = refused(LONG);
+    assert!(why.starts_with("no dump of a CRIU with pid"), "{why}");
+
+    // CRIU has not handed over everything: nothing is acknowledged.
+    let mut dump = Criu::dump(&proxy);
+    dump.write("core-7.img", RECORDS);
+    let mut link = cache.welcome();
+    let why = refused(LONG);
+    assert!(why.contains("without writing inventory.img"), "{why}");
+    drop(dump);
+
+    // The cache does not acknowledge.
+    proxy.control(async |client| client.expect_dump(criu_pid()).await).unwrap();
+    let mut dump = Criu::dump(&proxy);
+    dump.write("core-7.img", RECORDS);
+    dump.write(INVENTORY, RECORDS);
+    let why = refused(Duration::from_millis(300));
+    assert_eq!(why, "CRIU's action script has waited 300ms for the cache");
+    let aborted = std::iter::from_fn(|| link.receive()).any(
+        |(message, _)| matches!(&message, Message::SnapshotAbort(abort) if abort.reason == why),
+    );
+    assert!(aborted, "the cache is told");
+    dump.assert_closed();
+}
