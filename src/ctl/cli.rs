@@ -140,7 +140,7 @@ before. What a restore gets then is as if it had been one dump.")]
     #[command(after_help = open::args::HELP)]
     Open(open::args::Open),
 
-    /// Wait until the cache has a dump before CRIU ends the process: the action script of criu dump --stream
+    /// Have CRIU wait until the cache has a dump; its action script
     #[command(after_help = hook::HELP)]
     Hook(hook::Hook),
 

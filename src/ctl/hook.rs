@@ -21,9 +21,7 @@ use crate::daemon::CONTROL_SOCKET;
 
 /// What follows the options in the help and the man page.
 pub(super) const HELP: &str = "\
-Example, on the source host:
-  criu dump -t PID --stream -D /run/criu-image/proxy --action-script criu-imagectl
-or for every dump, in /etc/criu/default.conf:
+Example, on the source host, for every dump, in /etc/criu/default.conf:
   action-script criu-imagectl
 
 CRIU gives its script no arguments. Without any, run by CRIU, criu-imagectl does what its command hook does; for options \
