@@ -599,6 +599,7 @@ fn a_socket_is_opened_in_a_directory() {
         copy: false,
         id: "web".to_owned(),
         parent: None,
+        attempt: 0,
         to: Some("hostb:1".to_owned()),
         reading: Reading::Take,
         view: false,

@@ -14,14 +14,16 @@ use super::link::Over;
 use super::regions;
 use super::rounds::{ArrivingRound, Rounds};
 use super::waits::Waits;
+use crate::criu::names::check_id;
 use crate::criu::pages::{Run, Space};
 use crate::daemon::journal;
 use crate::daemon::sessions::Session;
 use crate::metrics::refusals::Reason;
-use crate::store::{Image, Key, Memory, Refused, Sender, Store, one_more};
+use crate::store::{Image, Key, Memory, Refused, Sender, Store, Withdrawn, one_more};
 use crate::wire::lane::{LaneError, Reader};
 use crate::wire::message::{
-    ImageAck, ImageReady, Message, REGIONS_MAX, SnapshotAck, SnapshotReady,
+    ImageAck, ImageReady, Message, Outcome, REGIONS_MAX, SnapshotAck, SnapshotReady,
+    SnapshotWithdraw, SnapshotWithdrawn,
 };
 use crate::wire::receiver::{Action, Limits, Receiver};
 use crate::wire::spaces::all_spaces;
@@ -100,11 +102,11 @@ impl<'a> Incoming<'a> {
     ) -> Result<(), Over> {
         match self.receiver.receive(message, len)? {
             Action::Nothing => {}
-            Action::Begin { snapshot, id, named, parent } => {
-                self.begin(snapshot, id, named, parent.as_deref()).await;
+            Action::Begin { snapshot, id, named, parent, attempt } => {
+                self.begin(snapshot, id, named, parent.as_deref(), attempt).await;
             }
-            Action::BeginRound { snapshot, id, parent } => {
-                self.begin_round(snapshot, id, parent.as_deref()).await;
+            Action::BeginRound { snapshot, id, parent, attempt } => {
+                self.begin_round(snapshot, id, parent.as_deref(), attempt).await;
             }
             Action::Space { snapshot, space } => self.space(snapshot, space),
             Action::Pages { snapshot, run } => self.pages(snapshot, run),
@@ -112,6 +114,7 @@ impl<'a> Incoming<'a> {
                 return self.page_data(reader, snapshot, len).await;
             }
             Action::Forget { id } => self.forget(&id),
+            Action::Withdraw(withdraw) => self.withdraw(&withdraw),
             Action::CompleteRound { snapshot, spaces, bytes } => {
                 self.complete_round(snapshot, spaces, bytes);
             }
@@ -152,8 +155,15 @@ impl<'a> Incoming<'a> {
         Ok(())
     }
 
-    async fn begin(&mut self, snapshot: u32, id: String, named: bool, parent: Option<&str>) {
-        match self.store.begin(&id, self.sender) {
+    async fn begin(
+        &mut self,
+        snapshot: u32,
+        id: String,
+        named: bool,
+        parent: Option<&str>,
+        attempt: u64,
+    ) {
+        match self.store.begin(&id, &self.sender_of(attempt)) {
             Ok(key) => {
                 if named {
                     self.store.reserve(key);
@@ -186,8 +196,8 @@ impl<'a> Incoming<'a> {
         self.give_up(snapshot, &refused.to_string());
     }
 
-    async fn begin_round(&mut self, snapshot: u32, id: String, parent: Option<&str>) {
-        match self.store.begin_round(&id, self.sender, parent).await {
+    async fn begin_round(&mut self, snapshot: u32, id: String, parent: Option<&str>, attempt: u64) {
+        match self.store.begin_round(&id, &self.sender_of(attempt), parent).await {
             Ok((coming, spaces)) => {
                 let busy = self.cache.links.busy.enter();
                 self.rounds.insert(snapshot, ArrivingRound::new(id, coming, busy));
@@ -204,6 +214,32 @@ impl<'a> Incoming<'a> {
             let (criu_snapshot, sender) = (id, &self.sender.name);
             tracing::info!(message_id, criu_snapshot, "the pages of {id} are given up by {sender}");
         }
+    }
+
+    /// The sender, of what belongs to an attempt to move a process.
+    fn sender_of(&self, attempt: u64) -> Sender {
+        Sender { attempt, ..self.sender.clone() }
+    }
+
+    /// The source has given up the attempt to move a process, and waits for the answer.
+    fn withdraw(&mut self, withdraw: &SnapshotWithdraw) {
+        let SnapshotWithdraw { request, id, attempt, reason } = withdraw;
+        let outcome = match check_id(id) {
+            Ok(()) => self.store.withdraw(id, self.sender.host, *attempt, reason),
+            Err(_) => Withdrawn::Unknown,
+        };
+        let outcome = match outcome {
+            Withdrawn::Withdrawn => {
+                self.tell_damaged(id, reason);
+                Outcome::Withdrawn
+            }
+            Withdrawn::Taken => Outcome::Taken,
+            Withdrawn::Unknown => Outcome::Unknown,
+        };
+        // What systemd keeps of it goes, before the source relies on that.
+        self.cache.keeping.follow(self.store);
+        let answer = SnapshotWithdrawn { request: *request, outcome: outcome.into() };
+        self.answer(Message::SnapshotWithdrawn(answer));
     }
 
     fn space(&mut self, snapshot: u32, space: Space) {

@@ -18,7 +18,7 @@ use crate::sys::clock::host_name;
 use crate::sys::connected::Stream;
 use crate::wire::frame::BadFrame;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
-use crate::wire::message::{MEMORY_MAY_HAVE_CHANGED, Message, Welcome};
+use crate::wire::message::{FEATURES, Message, Welcome};
 use crate::wire::receiver::{Limits, Violation};
 
 use super::Cache;
@@ -119,7 +119,7 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
         let peer = format!("{name} ({address})");
         let _up = cache.links.add(&peer);
         outages.tell_up(&format!("link from {peer}"));
-        let sender = Sender { name: peer, host: address.host() };
+        let sender = Sender { name: peer, host: address.host(), attempt: 0 };
         run(cache, &settings, reader, writer, &sender, &outages).await
     }
     .instrument(span)
@@ -142,7 +142,7 @@ async fn welcome(
             let kind = message.kind().as_str_name();
             return Err(Over::Refused(Reason::Protocol, format!("a {kind} instead of a HELLO")));
         };
-        let features = vec![MEMORY_MAY_HAVE_CHANGED.to_owned()];
+        let features = FEATURES.map(str::to_owned).to_vec();
         let welcome = Welcome { name: host_name(), features };
         writer.send(&Message::Welcome(welcome)).await.map_err(LaneError::from)?;
         Ok(printable(&hello.name))

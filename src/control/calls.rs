@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect;
 
-use super::model::{Image, ImageFile, Snapshot, Status};
+use super::model::{Image, ImageFile, Snapshot, Status, Withdrawn};
 use crate::timeline::Phase;
 
 /// The methods, by the names that stand on the wire.
@@ -13,6 +13,7 @@ pub(super) mod method {
     pub(in super::super) const SHOW: &str = "org.criu.ImageRelay.Show";
     pub(in super::super) const TIMELINE: &str = "org.criu.ImageRelay.Timeline";
     pub(in super::super) const WATCH: &str = "org.criu.ImageRelay.Watch";
+    pub(in super::super) const WITHDRAW: &str = "org.criu.ImageRelay.Withdraw";
     pub(in super::super) const DROP: &str = "org.criu.ImageRelay.Drop";
     pub(in super::super) const OPEN: &str = "org.criu.ImageRelay.Open";
     pub(in super::super) const OPEN_PAGES: &str = "org.criu.ImageRelay.OpenPages";
@@ -38,10 +39,28 @@ pub(super) struct WatchIn {
     pub(super) id: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) taken: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) known: Option<bool>,
+}
+
+/// The parameters of `Withdraw`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct WithdrawIn {
+    pub(super) id: String,
+    pub(super) attempt: u64,
+    pub(super) reason: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) to: Option<String>,
+}
+
+/// The reply of `Withdraw`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct WithdrawOut {
+    pub(super) outcome: Withdrawn,
 }
 
 /// The parameters of `Open`.
-#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+#[derive(Debug, Default, Serialize, Deserialize, introspect::Type)]
 pub(super) struct OpenIn {
     pub(super) id: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -56,6 +75,8 @@ pub(super) struct OpenIn {
     pub(super) copy: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) view: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) attempt: Option<u64>,
 }
 
 /// The parameters of `OpenPages`.
@@ -66,6 +87,8 @@ pub(super) struct OpenPagesIn {
     pub(super) parent: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) to: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) attempt: Option<u64>,
 }
 
 /// The parameters of `ExpectDump`.

@@ -13,9 +13,10 @@ use zlink::{Call, Connection, Reply};
 use super::Reading;
 use super::calls::{
     ById, CallError, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, Nothing, OpenIn,
-    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, method,
+    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, WithdrawIn,
+    WithdrawOut, method,
 };
-use super::model::{Image, ImageFile, Snapshot, Status};
+use super::model::{Image, ImageFile, Snapshot, Status, Withdrawn};
 use crate::timeline::Phase;
 
 /// Why a call has no result.
@@ -130,8 +131,7 @@ impl Client {
         let (id, to) = (id.to_owned(), to.map(str::to_owned));
         let take = Some(reading != Reading::Look);
         let again = (reading == Reading::TakeAgain).then_some(true);
-        self.call_open(OpenIn { id, to, take, again, parent: None, copy: None, view: None }, socket)
-            .await
+        self.call_open(OpenIn { id, to, take, again, ..OpenIn::default() }, socket).await
     }
 
     /// Hands over a connected socket for a restore, on which it says what becomes of it ([`HELD_BY_RESTORE`]). The snapshot
@@ -147,15 +147,8 @@ impl Client {
         socket: OwnedFd,
     ) -> Result<(), ClientError> {
         let [again, copy, view] = [again, copy, view].map(|asked| asked.then_some(true));
-        let call = OpenIn {
-            id: id.to_owned(),
-            to: None,
-            take: Some(true),
-            again,
-            parent: None,
-            copy,
-            view,
-        };
+        let call =
+            OpenIn { id: id.to_owned(), take: Some(true), again, copy, view, ..OpenIn::default() };
         self.call_open(call, socket).await
     }
 
@@ -169,11 +162,19 @@ impl Client {
     ) -> Result<(), ClientError> {
         let (id, to) = (id.to_owned(), to.map(str::to_owned));
         let parent = Some(parent.to_owned());
-        self.call_open(
-            OpenIn { id, to, take: None, again: None, parent, copy: None, view: None },
-            socket,
-        )
-        .await
+        self.call_open(OpenIn { id, to, parent, ..OpenIn::default() }, socket).await
+    }
+
+    /// Hands over a connected socket on which the images come of an attempt to move a process.
+    pub async fn open_attempt(
+        &mut self,
+        id: &str,
+        attempt: u64,
+        to: Option<&str>,
+        socket: OwnedFd,
+    ) -> Result<(), ClientError> {
+        let (id, to, attempt) = (id.to_owned(), to.map(str::to_owned), Some(attempt));
+        self.call_open(OpenIn { id, to, attempt, ..OpenIn::default() }, socket).await
     }
 
     async fn call_open(&mut self, call: OpenIn, socket: OwnedFd) -> Result<(), ClientError> {
@@ -191,9 +192,37 @@ impl Client {
         socket: OwnedFd,
     ) -> Result<(), ClientError> {
         let (parent, to) = (parent.map(str::to_owned), to.map(str::to_owned));
-        let call = OpenPagesIn { id: id.to_owned(), parent, to };
+        let call = OpenPagesIn { id: id.to_owned(), parent, to, attempt: None };
         let _: Nothing = self.call(method::OPEN_PAGES, call, vec![socket]).await?;
         Ok(())
+    }
+
+    /// The same for the pages of an attempt to move a process.
+    pub async fn open_pages_of_attempt(
+        &mut self,
+        id: &str,
+        attempt: u64,
+        to: Option<&str>,
+        socket: OwnedFd,
+    ) -> Result<(), ClientError> {
+        let (to, attempt) = (to.map(str::to_owned), Some(attempt));
+        let call = OpenPagesIn { id: id.to_owned(), parent: None, to, attempt };
+        let _: Nothing = self.call(method::OPEN_PAGES, call, vec![socket]).await?;
+        Ok(())
+    }
+
+    /// Has the cache give up what came of an attempt to move a process, and waits for its answer.
+    pub async fn withdraw(
+        &mut self,
+        id: &str,
+        attempt: u64,
+        reason: &str,
+        to: Option<&str>,
+    ) -> Result<Withdrawn, ClientError> {
+        let (id, reason, to) = (id.to_owned(), reason.to_owned(), to.map(str::to_owned));
+        let call = WithdrawIn { id, attempt, reason, to };
+        let reply: WithdrawOut = self.call(method::WITHDRAW, call, Vec::new()).await?;
+        Ok(reply.outcome)
     }
 
     /// The images of a whole snapshot as files.
@@ -231,7 +260,16 @@ impl Client {
     /// Follows a snapshot until it is whole, damaged or taken; with `taken`, whole is not the end.
     /// It need not be there yet.
     pub async fn watch(&mut self, id: &str, taken: bool) -> Result<Watch<'_>, ClientError> {
-        let parameters = WatchIn { id: id.to_owned(), taken: taken.then_some(true) };
+        self.watch_with(WatchIn { id: id.to_owned(), taken: taken.then_some(true), known: None })
+            .await
+    }
+
+    /// The same, for one that is there. When it is not, that is told at once.
+    pub async fn watch_known(&mut self, id: &str) -> Result<Watch<'_>, ClientError> {
+        self.watch_with(WatchIn { id: id.to_owned(), taken: None, known: Some(true) }).await
+    }
+
+    async fn watch_with(&mut self, parameters: WatchIn) -> Result<Watch<'_>, ClientError> {
         let call = Call::new(Outgoing { method: method::WATCH, parameters }).set_more(true);
         if let Err(error) = self.connection.send_call(&call, Vec::new()).await {
             return Err(self.broken(&error));

@@ -5,14 +5,17 @@ use zlink::introspect::{ReplyError, Type as Introspect};
 
 use super::calls::{
     ById, CallError, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, Nothing, OpenIn,
-    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut,
+    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, WithdrawIn,
+    WithdrawOut,
 };
-use super::model::{Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status};
+use super::model::{
+    Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status, Withdrawn,
+};
 use super::{DESCRIPTION, INTERFACE};
 use crate::timeline::{Phase, PhaseName};
 
 /// The types that the description names, in its order.
-const NAMED: [(&str, &Type<'_>); 9] = [
+const NAMED: [(&str, &Type<'_>); 10] = [
     ("Role", Role::TYPE),
     ("LinkStatus", LinkStatus::TYPE),
     ("Status", Status::TYPE),
@@ -22,6 +25,7 @@ const NAMED: [(&str, &Type<'_>); 9] = [
     ("ImageFile", ImageFile::TYPE),
     ("PhaseName", PhaseName::TYPE),
     ("Phase", Phase::TYPE),
+    ("Withdrawn", Withdrawn::TYPE),
 ];
 
 /// A type as the description refers to it.
@@ -59,6 +63,7 @@ fn it_says_what_the_types_say() {
         ("Show", ById::TYPE, ShowOut::TYPE),
         ("Timeline", ById::TYPE, TimelineOut::TYPE),
         ("Watch", WatchIn::TYPE, WatchOut::TYPE),
+        ("Withdraw", WithdrawIn::TYPE, WithdrawOut::TYPE),
         ("Drop", ById::TYPE, Nothing::TYPE),
         ("Open", OpenIn::TYPE, Nothing::TYPE),
         ("OpenPages", OpenPagesIn::TYPE, Nothing::TYPE),

@@ -30,7 +30,7 @@ pub use client::{Client, ClientError, Watch};
 
 use crate::daemon::sessions::Peer;
 use crate::timeline::Phase;
-use model::{Image, ImageFile, Snapshot, Status};
+use model::{Image, ImageFile, Snapshot, Status, Withdrawn};
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.criu.ImageRelay";
@@ -64,6 +64,11 @@ pub trait Backend {
 
     /// Forgets a snapshot and gives its memory back, because `peer` said so.
     fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal>;
+
+    /// Has the cache give up what came of an attempt to move a process, which has failed.
+    fn withdraw(&self, _request: Withdraw) -> impl Future<Output = Result<Withdrawn, Refusal>> {
+        async { Err(Refusal::Refused("it is the proxy that sends: ask that one".to_owned())) }
+    }
 
     /// Serves CRIU's stream protocol on a socket. It returns at once: what happens on the socket
     /// later is told by the snapshot's state.
@@ -114,6 +119,8 @@ pub struct Open {
     pub to: Option<String>,
     /// The snapshot in which the images have pages (proxy only).
     pub parent: Option<String>,
+    /// The attempt to move a process that it belongs to, 0 for none (proxy only).
+    pub attempt: u64,
     /// What reading the snapshot means.
     pub reading: Reading,
     /// Whether it may be read while another restore has it, or after another has taken it: both processes are to run
@@ -134,8 +141,23 @@ pub struct OpenPages {
     pub parent: Option<String>,
     /// Where they go, as in [`Open`] (proxy only).
     pub to: Option<String>,
+    /// The attempt to move a process that they belong to, 0 for none (proxy only).
+    pub attempt: u64,
     /// Whether the socket listens, or is one connection.
     pub listening: bool,
+}
+
+/// An attempt to move a process has failed: the process runs on here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Withdraw {
+    /// The snapshot's id.
+    pub id: String,
+    /// The attempt, as [`Open`] and [`OpenPages`] named it.
+    pub attempt: u64,
+    /// Why it failed.
+    pub reason: String,
+    /// Where it went, as in [`Open`].
+    pub to: Option<String>,
 }
 
 /// What it means that a snapshot is read from a socket (cache only).
@@ -191,6 +213,10 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
 
     fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
         (**self).drop_snapshot(id, peer)
+    }
+
+    async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {
+        (**self).withdraw(request).await
     }
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {

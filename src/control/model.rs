@@ -56,6 +56,20 @@ pub struct LinkStatus {
     pub why: String,
 }
 
+/// What became of an attempt to move a process that was withdrawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
+#[serde(rename_all = "lowercase")]
+pub enum Withdrawn {
+    /// The cache has nothing of it that could be restored.
+    Withdrawn,
+    /// A restore is reading it or has read it: the process may run there.
+    Taken,
+    /// The cache has nothing of it: it never came, was dropped, or was kept long enough after a restore.
+    Unknown,
+    /// The cache cannot say, as its version does not know how.
+    Unsaid,
+}
+
 /// How far a snapshot has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Type)]
 #[serde(rename_all = "lowercase")]

@@ -17,11 +17,12 @@ use zlink::{Call, Connection, Reply};
 
 use super::calls::{
     ById, CallError, DescriptionIn, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, OpenIn,
-    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, method,
+    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, WithdrawIn,
+    WithdrawOut, method,
 };
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
-use super::{Backend, DESCRIPTION, INTERFACE, Open, OpenPages, Reading, Refusal};
+use super::{Backend, DESCRIPTION, INTERFACE, Open, OpenPages, Reading, Refusal, Withdraw};
 use crate::criu::names::check_id;
 use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
@@ -148,7 +149,9 @@ impl<B: Backend> Conversation<'_, B> {
         loop {
             let now = self.backend.snapshot(&watch.id);
             match &now {
-                None if last.is_some() => return self.fail(no_such(&watch.id)).await,
+                None if last.is_some() || watch.known == Some(true) => {
+                    return self.fail(no_such(&watch.id)).await;
+                }
                 Some(snapshot) if now != last => {
                     let more = match snapshot.state {
                         SnapshotState::Awaited
@@ -255,6 +258,14 @@ async fn answer(
             open_pages(backend, parameters(call)?, descriptors)?;
             Ok(nothing())
         }
+        method::WITHDRAW => {
+            let WithdrawIn { id, attempt, reason, to } = parameters(call)?;
+            must_be_id(&id)?;
+            let request = Withdraw { id: id.clone(), attempt, reason, to };
+            let withdrawn = backend.withdraw(request).await;
+            let outcome = withdrawn.map_err(|refusal| refused(refusal, &id))?;
+            Ok(value(WithdrawOut { outcome }))
+        }
         method::VIEW => {
             let ById { id } = parameters(call)?;
             let prepared = backend.prepare_view(&id).await;
@@ -281,7 +292,8 @@ async fn answer(
 }
 
 fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Result<(), Failure> {
-    let OpenIn { id, to, take, again, parent, copy, view } = call;
+    let OpenIn { id, to, take, again, parent, copy, view, attempt } = call;
+    let attempt = attempt.unwrap_or(0);
     must_be_id(&id)?;
     parent.as_deref().map_or(Ok(()), must_be_id)?;
     let (socket, listening) = stream_socket(descriptors, &[AddressFamily::UNIX])?;
@@ -291,7 +303,7 @@ fn open(backend: &impl Backend, call: OpenIn, descriptors: Vec<OwnedFd>) -> Resu
         (true, true) => Reading::TakeAgain,
     };
     let (copy, view) = (copy.unwrap_or(false), view.unwrap_or(false));
-    let request = Open { id: id.clone(), to, parent, reading, copy, view, listening };
+    let request = Open { id: id.clone(), to, parent, attempt, reading, copy, view, listening };
     backend.open(request, socket).map_err(|refusal| refused(refusal, &id))
 }
 
@@ -300,12 +312,13 @@ fn open_pages(
     call: OpenPagesIn,
     descriptors: Vec<OwnedFd>,
 ) -> Result<(), Failure> {
-    let OpenPagesIn { id, parent, to } = call;
+    let OpenPagesIn { id, parent, to, attempt } = call;
+    let attempt = attempt.unwrap_or(0);
     must_be_id(&id)?;
     parent.as_deref().map_or(Ok(()), must_be_id)?;
     let families = [AddressFamily::UNIX, AddressFamily::INET, AddressFamily::INET6];
     let (socket, listening) = stream_socket(descriptors, &families)?;
-    let request = OpenPages { id: id.clone(), parent, to, listening };
+    let request = OpenPages { id: id.clone(), parent, to, attempt, listening };
     backend.open_pages(request, socket).map_err(|refusal| refused(refusal, &id))
 }
 

@@ -181,6 +181,7 @@ fn a_socket_is_handed_over() {
         let open = |id: &str, to: Option<&str>, reading, listening| Open {
             id: id.to_owned(),
             parent: None,
+            attempt: 0,
             to: to.map(str::to_owned),
             reading,
             copy: false,

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::Stdio;
 
 use clap::Args;
@@ -80,7 +81,7 @@ impl Run {
         Ok(command.status().await.map_err(|error| self.not_run(&error))?.success())
     }
 
-    /// Runs it with its log in `dir`. At the first interrupt `call_off` is awaited, which is to make it
+    /// Runs it with its log in `dir`. At the first interrupt `call_off` begins, which is to make it
     /// fail; the second one kills it.
     pub(super) async fn run(
         &self,
@@ -94,16 +95,18 @@ impl Run {
         command.stdout(output.try_clone().map_err(failed)?).stderr(output);
         let mut child = command.spawn().map_err(|error| self.not_run(&error))?;
         let mut interrupted = false;
-        let mut call_off = Some(call_off);
+        let mut called_off = false;
+        let mut call_off = pin!(call_off);
         let status = loop {
             select! {
                 status = child.wait() => break status,
-                _ = interrupts.next() => {}
-            }
-            interrupted = true;
-            match call_off.take() {
-                Some(call_off) => call_off.await,
-                None => terminate(&child),
+                _ = interrupts.next() => {
+                    if interrupted {
+                        terminate(&child);
+                    }
+                    interrupted = true;
+                }
+                () = &mut call_off, if interrupted && !called_off => called_off = true,
             }
         };
         let status = status.map_err(|error| self.not_run(&error))?;

@@ -1,5 +1,6 @@
 //! How the command ends: the exit status, and what is said about it.
 
+use std::fmt::Display;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ pub enum Exit {
     OutOfReach = 7,
     /// A signal ended it.
     Interrupted = 8,
+    /// A process may run on both hosts, or on none: the message says what is known and what is to be done.
+    Unsure = 9,
 }
 
 /// The exit status as `--help` tells it.
@@ -43,7 +46,9 @@ Exit status:
   5  the snapshot is damaged
   6  timed out
   7  --max-downtime is out of reach: the process was not frozen and runs on
-  8  interrupted by a signal";
+  8  interrupted by a signal: what it was about is as it was before
+  9  a migration broke off, and the process may run on both hosts or on none: the message says what is
+     known, and what to do on each host";
 
 /// What to do when a daemon ends in the middle.
 const ENDED: &str = "the daemon has ended, or was restarted: its journal says why. Try again";
@@ -91,6 +96,20 @@ impl Failure {
     /// Says what to do.
     pub(super) fn cure(self, cure: impl Into<String>) -> Failure {
         Failure { cure: Some(cure.into()), ..self }
+    }
+
+    /// Adds what is so all the same, before what is to be done.
+    pub(super) fn note(self, note: impl Into<String>) -> Failure {
+        let cure = match self.cure {
+            None => note.into(),
+            Some(cure) => format!("{}; {cure}", note.into()),
+        };
+        Failure { cure: Some(cure), ..self }
+    }
+
+    /// The process may run on both hosts or on none: what is known of it, and what to do.
+    pub(super) fn unsure(self, known: impl Display, cure: impl Into<String>) -> Failure {
+        Failure::new(Exit::Unsure, format!("{}; {known}", self.what)).cure(cure)
     }
 
     /// Whether it says what to do.

@@ -3,9 +3,11 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use super::cli::{Daemon, Push};
@@ -31,6 +33,16 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Pushes, and waits for the cache's acknowledgement.
 pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<(), Failure> {
+    attempt(daemon, output, push, 0).await
+}
+
+/// The same for the images of an attempt to move a process, unless it is 0. It can be cancelled.
+pub(super) async fn attempt(
+    daemon: &Daemon,
+    output: Output,
+    push: &Push,
+    attempt: u64,
+) -> Result<(), Failure> {
     let id = reach::snapshot_id(push.snapshot.as_deref(), &push.dir)?;
     let mut client = reach::only(daemon, Role::Proxy, "push").await?;
     let before = client.show(&id).await.ok().map(|(snapshot, _)| snapshot);
@@ -49,9 +61,10 @@ pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<
     let to = push.to.as_deref();
     match &push.parent {
         Some(parent) => client.open_child(&id, parent, to, theirs).await?,
+        None if attempt != 0 => client.open_attempt(&id, attempt, to, theirs).await?,
         None => client.open(&id, to, Reading::Take, theirs).await?,
     }
-    let outcome = send(session, &set, &id);
+    let (set, outcome) = in_a_thread(session, set, &id).await?;
     // The daemon does not keep an idle connection, and a big push takes its time.
     let mut client = Client::connect(client.path()).await?;
     let bytes = match outcome {
@@ -164,6 +177,23 @@ enum Sending {
     Failed(Failure),
 }
 
+/// Sends the images in a thread of its own: a proxy that reads no further must not keep anybody from ending this.
+async fn in_a_thread(
+    session: Session,
+    set: Set,
+    id: &str,
+) -> Result<(Set, Result<u64, Sending>), Failure> {
+    let (sender, sent) = oneshot::channel();
+    let id = id.to_owned();
+    let thread = thread::Builder::new().spawn(move || {
+        let outcome = send(session, &set, &id);
+        // Nobody waits any more.
+        let _ = sender.send((set, outcome));
+    });
+    thread.map_err(|error| Failure::failed(format!("a thread cannot be made: {error}")))?;
+    sent.await.map_err(|_| Failure::failed("what sends the images has ended early"))
+}
+
 /// Sends the images and ends the session.
 fn send(mut session: Session, set: &Set, id: &str) -> Result<u64, Sending> {
     let total = set.images.iter().map(|(_, bytes)| bytes).sum();
@@ -196,7 +226,8 @@ async fn acknowledged(
     let bar = progress(clean(id), None).with_message("waiting for the cache");
     let begun = Instant::now();
     loop {
-        let mut watch = client.watch(id, false).await?;
+        // It is listed since its socket was opened: if it is not, the proxy is another one, or was told to drop it.
+        let mut watch = client.watch_known(id).await?;
         loop {
             let snapshot = match watch.next().await {
                 Ok(Some(snapshot)) => snapshot,
@@ -243,7 +274,8 @@ async fn why_ended(
             Ok((snapshot, _)) if snapshot.state == SnapshotState::Damaged => {
                 return Failure::damaged(id, &clean(&snapshot.reason));
             }
-            Ok(_) | Err(ClientError::NoSuchSnapshot(_)) => {}
+            Ok(_) => {}
+            Err(ClientError::NoSuchSnapshot(_)) => return vanished(id),
             Err(error) => return error.into(),
         }
         sleep(LOOK).await;

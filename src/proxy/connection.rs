@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::outgoing::{Command, send};
 use super::regions::{Answered, Regions};
@@ -12,7 +12,9 @@ use super::upload::{Fate, Told, Upload};
 use crate::config::LinkSettings;
 use crate::criu::pages::{PageRange, Space};
 use crate::wire::lane::{LaneError, Reader, Writer};
-use crate::wire::message::{MEMORY_MAY_HAVE_CHANGED, Message, REGIONS_MAX, RegionRequest, Welcome};
+use crate::wire::message::{
+    MEMORY_MAY_HAVE_CHANGED, Message, Outcome, REGIONS_MAX, RegionRequest, WITHDRAW, Welcome,
+};
 use crate::wire::sender::{Said, said};
 use crate::wire::spaces::pages_request;
 
@@ -64,6 +66,10 @@ pub struct Connection {
     waiting: RefCell<Waiting>,
     next: Cell<u32>,
     regions: Regions,
+    withdrawals: RefCell<HashMap<u32, oneshot::Sender<Outcome>>>,
+    /// Whether the cache knows withdrawals.
+    next_withdrawal: Cell<u32>,
+    withdraws: Cell<bool>,
     closed: Cell<bool>,
     /// Whether the cache keeps of a snapshot that its memory may have changed.
     keeps_marks: Cell<bool>,
@@ -98,6 +104,9 @@ impl Connection {
             waiting: RefCell::default(),
             next: Cell::new(0),
             regions: Regions::default(),
+            withdrawals: RefCell::default(),
+            next_withdrawal: Cell::new(0),
+            withdraws: Cell::new(false),
             closed: Cell::new(false),
             keeps_marks: Cell::new(false),
         });
@@ -106,24 +115,31 @@ impl Connection {
 
     /// Begins a snapshot. One that is `named` is kept for those who ask for it by its id.
     pub async fn begin(self: &Rc<Self>, id: &str, named: bool) -> Upload {
-        self.begin_child(id, None, named).await
+        self.begin_child(id, None, named, 0).await
     }
 
-    /// The same for one whose images have pages in another snapshot.
+    /// The same for one whose images have pages in another snapshot, or that belongs to an attempt to move a
+    /// process.
     pub(super) async fn begin_child(
         self: &Rc<Self>,
         id: &str,
         parent: Option<&str>,
         named: bool,
+        attempt: u64,
     ) -> Upload {
         let (id, parent) = (id.to_owned(), parent.map(str::to_owned));
-        self.begin_with(|snapshot| Command::Begin { snapshot, id, parent, named }).await
+        self.begin_with(|snapshot| Command::Begin { snapshot, id, parent, named, attempt }).await
     }
 
     /// Begins a round of a snapshot's pages, see [`round`](super::round).
-    pub(super) async fn begin_round(self: &Rc<Self>, id: &str, parent: Option<&str>) -> Upload {
+    pub(super) async fn begin_round(
+        self: &Rc<Self>,
+        id: &str,
+        parent: Option<&str>,
+        attempt: u64,
+    ) -> Upload {
         let (id, parent) = (id.to_owned(), parent.map(str::to_owned));
-        self.begin_with(|snapshot| Command::BeginRound { snapshot, id, parent }).await
+        self.begin_with(|snapshot| Command::BeginRound { snapshot, id, parent, attempt }).await
     }
 
     async fn begin_with(self: &Rc<Self>, command: impl FnOnce(u32) -> Command) -> Upload {
@@ -174,6 +190,24 @@ impl Connection {
         answer.await.ok()
     }
 
+    /// Whether the cache knows [withdrawals](Self::withdraw).
+    pub(super) fn withdraws(&self) -> bool {
+        self.withdraws.get()
+    }
+
+    /// An attempt to move a process has failed: has the cache give up what came of it. `None` when the link breaks
+    /// before the cache has answered.
+    pub(super) async fn withdraw(&self, id: &str, attempt: u64, reason: &str) -> Option<Outcome> {
+        let request = self.next_withdrawal.replace(self.next_withdrawal.get().wrapping_add(1));
+        let (sender, answer) = oneshot::channel();
+        self.withdrawals.borrow_mut().insert(request, sender);
+        self.tell(Command::Say(Message::withdraw(request, id, attempt, reason))).await;
+        if self.is_closed() {
+            return None;
+        }
+        answer.await.ok()
+    }
+
     /// Nobody goes on with a snapshot: the cache need not hold pages of it.
     pub async fn forget_pages(&self, id: &str) {
         self.tell(Command::Forget { id: id.to_owned() }).await;
@@ -181,8 +215,9 @@ impl Connection {
 
     /// The cache has said what it can do.
     pub(super) fn heard(&self, welcome: &Welcome) {
-        let feature = |name: &String| name == MEMORY_MAY_HAVE_CHANGED;
-        self.keeps_marks.set(welcome.features.iter().any(feature));
+        let names = |feature: &str| welcome.features.iter().any(|name| name == feature);
+        self.keeps_marks.set(names(MEMORY_MAY_HAVE_CHANGED));
+        self.withdraws.set(names(WITHDRAW));
     }
 
     /// Whether the cache keeps of a snapshot that its memory may have changed.
@@ -199,6 +234,7 @@ impl Connection {
     pub(super) fn close(&self, why: &str) -> usize {
         self.closed.set(true);
         self.regions.close();
+        self.withdrawals.borrow_mut().clear();
         let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
         for fate in waiting.fates.values() {
             settle(fate, Fate::Lost(why.to_owned()));
@@ -281,6 +317,11 @@ impl Connection {
             Said::Refused { snapshot, reason } => {
                 drop(waiting);
                 self.settle(snapshot, Fate::Lost(format!("the cache gave it up: {reason}")));
+            }
+            Said::Withdrawn { request, outcome } => {
+                let asked = self.withdrawals.borrow_mut().remove(&request);
+                // Who asked may have given up.
+                let _ = asked.map(|asked| asked.send(outcome));
             }
             Said::Goodbye(reason) => {
                 return Err(Over::ended(format!("the cache ended it: {reason}")));

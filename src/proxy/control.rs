@@ -11,8 +11,8 @@ use super::dump::{self, Target};
 use super::pages;
 use super::records::{OpenSocket, Record};
 use crate::config::full_address;
-use crate::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status};
-use crate::control::{Backend, Open, OpenPages, Refusal};
+use crate::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status, Withdrawn};
+use crate::control::{Backend, Open, OpenPages, Refusal, Withdraw};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
@@ -64,6 +64,11 @@ impl Backend for Control {
         Ok(())
     }
 
+    async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {
+        let cache = self.0.cache_for(request.to.as_deref())?;
+        self.0.withdraw(&request, &cache).await.map_err(Refusal::Refused)
+    }
+
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
         let proxy = self.0.clone();
         let cache = proxy.cache_for(request.to.as_deref())?;
@@ -74,6 +79,7 @@ impl Backend for Control {
         if let Some(before) = before {
             record.joins(&before);
         }
+        record.belongs_to(request.attempt);
         let Open { id, parent, listening, .. } = request;
         // Who hands over a connection is no CRIU, which connects by itself: it sends files, and waits.
         let of_files = !listening;
@@ -98,7 +104,7 @@ impl Backend for Control {
 
     fn open_pages(&self, request: OpenPages, socket: OwnedFd) -> Result<(), Refusal> {
         let proxy = self.0.clone();
-        let OpenPages { id, parent, to, listening } = request;
+        let OpenPages { id, parent, to, attempt, listening } = request;
         let cache = proxy.cache_for(to.as_deref())?;
         let socket = PagesSocket::from(listening, socket).map_err(Refusal::unusable)?;
         // A directory may be open for the images of the same dump.
@@ -107,6 +113,7 @@ impl Backend for Control {
         });
         let record = beside.map_or_else(|| proxy.awaited(&id, &cache), Ok)?;
         let open = proxy.open_socket(&record)?;
+        record.belongs_to(attempt);
         let target = pages::Target { id, parent, cache, record: record.clone(), is_new: false };
         match socket {
             PagesSocket::Connected(stream) => {

@@ -215,7 +215,9 @@ impl Dump<'_> {
             stopped = self.stopped() => return Err(stopped),
         };
         let Target { id, parent, .. } = self.target;
-        Ok(Rc::new(connection.begin_child(id, parent.as_deref(), false).await))
+        Ok(Rc::new(
+            connection.begin_child(id, parent.as_deref(), false, self.record.attempt()).await,
+        ))
     }
 
     /// Somebody does not want the snapshot any more.

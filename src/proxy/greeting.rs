@@ -3,7 +3,7 @@
 use crate::config::ProxySettings;
 use crate::sys::connected::Stream;
 use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
-use crate::wire::message::{Hello, MEMORY_MAY_HAVE_CHANGED, Message, Welcome};
+use crate::wire::message::{FEATURES, Hello, Message, Welcome};
 
 /// Why there is no link on a connection.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +23,7 @@ impl NotGreeted {
     }
 }
 
-/// Shakes hands on a connection. Returns what the cache said of itself.
+/// Shakes hands on a connection. Returns what the cache says of itself.
 pub(super) async fn greet(
     stream: Stream,
     name: &str,
@@ -33,7 +33,7 @@ pub(super) async fn greet(
     let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing };
     let (mut reader, mut writer) =
         lane::split(stream, pipes, settings.link.keep_alive).map_err(LaneError::from)?;
-    let features = vec![MEMORY_MAY_HAVE_CHANGED.to_owned()];
+    let features = FEATURES.map(str::to_owned).to_vec();
     let hello = Message::Hello(Hello { name: name.to_owned(), features });
     writer.send_preface().await.map_err(LaneError::from)?;
     writer.send(&hello).await.map_err(LaneError::from)?;

@@ -269,7 +269,7 @@ fn plaintext(destination: &str) -> String {
     )
 }
 
-/// Connects and shakes hands. Returns what the cache said of itself.
+/// Connects and shakes hands. Returns what the cache says of itself.
 async fn attempt(
     destination: &str,
     name: &str,

@@ -16,6 +16,7 @@ pub mod dump;
 pub mod link;
 pub mod records;
 pub mod upload;
+mod withdraw;
 
 mod control;
 mod copy;

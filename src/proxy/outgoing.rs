@@ -14,7 +14,7 @@ use crate::criu::pages::{Run, Space};
 use crate::sys::ends::Source;
 use crate::wire::lane::Writer;
 use crate::wire::message::{KeepAlive, Message, PagesForget};
-use crate::wire::sender::Sender;
+use crate::wire::sender::{Sender, of_attempt};
 
 /// What the lane is told to do next.
 #[derive(Debug)]
@@ -24,11 +24,13 @@ pub(super) enum Command {
         id: String,
         parent: Option<String>,
         named: bool,
+        attempt: u64,
     },
     BeginRound {
         snapshot: u32,
         id: String,
         parent: Option<String>,
+        attempt: u64,
     },
     Space {
         snapshot: u32,
@@ -122,11 +124,11 @@ async fn obey(
     max_chunk: usize,
 ) -> io::Result<()> {
     let message = match command {
-        Command::Begin { snapshot, id, parent, named } => {
-            Some(sender.begin_child(snapshot, &id, parent.as_deref(), named))
+        Command::Begin { snapshot, id, parent, named, attempt } => {
+            Some(of_attempt(sender.begin_child(snapshot, &id, parent.as_deref(), named), attempt))
         }
-        Command::BeginRound { snapshot, id, parent } => {
-            Some(sender.begin_round(snapshot, &id, parent.as_deref()))
+        Command::BeginRound { snapshot, id, parent, attempt } => {
+            Some(of_attempt(sender.begin_round(snapshot, &id, parent.as_deref()), attempt))
         }
         Command::Space { snapshot, space } => sender.space(snapshot, space),
         Command::Pages { snapshot, run } => sender.pages(snapshot, run),

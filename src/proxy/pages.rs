@@ -241,7 +241,8 @@ impl Client<'_> {
         let connection = connect.await.map_err(Failure::Lost)?;
         let id = &self.target.id;
         let limit = self.settings.link.ack_timeout;
-        let round = slot.insert(Round::begin(&connection, id, parent, limit).await?);
+        let attempt = self.target.record.attempt();
+        let round = slot.insert(Round::begin(&connection, id, parent, attempt, limit).await?);
         let lost = round.lost();
         tokio::select! {
             // The link's end is the cause of whatever fails with it.

@@ -136,6 +136,8 @@ pub struct Record {
     left: Cell<bool>,
     /// Whether its images come by the stream protocol; else by the remote one.
     streamed: Cell<bool>,
+    /// The attempt to move a process that it belongs to, 0 for none.
+    attempt: Cell<u64>,
     tally: Rc<Tally>,
     /// How many sockets are open for it, which were handed over for its images or its pages.
     sockets: Rc<Cell<usize>>,
@@ -193,6 +195,7 @@ impl Records {
             begun: Cell::new(false),
             left: Cell::new(false),
             streamed: Cell::new(false),
+            attempt: Cell::new(0),
             tally: self.tally.clone(),
             sockets: Rc::default(),
             stop: watch::Sender::new(None),
@@ -475,6 +478,16 @@ impl Record {
             }
             ended.await;
         }
+    }
+
+    /// It belongs to an attempt to move a process.
+    pub fn belongs_to(&self, attempt: u64) {
+        self.attempt.set(attempt);
+    }
+
+    /// The attempt to move a process that it belongs to, 0 for none.
+    pub fn attempt(&self) -> u64 {
+        self.attempt.get()
     }
 
     /// Whether the cache may hold pages of it.

@@ -29,9 +29,10 @@ impl Round {
         connection: &Rc<Connection>,
         id: &str,
         parent: Option<&str>,
+        attempt: u64,
         limit: Duration,
     ) -> Result<Round, Failure> {
-        let upload = connection.begin_round(id, parent).await;
+        let upload = connection.begin_round(id, parent, attempt).await;
         let ready = timeout(limit, upload.ready()).await;
         ready.map_err(|_| Failure::unanswered(limit))??;
         let parents = connection.take_spaces(upload.snapshot);

@@ -61,6 +61,9 @@ struct Text {
     id: String,
     sender: String,
     host: Option<IpAddr>,
+    /// Not in records of 0.1.0.
+    #[serde(default)]
+    attempt: u64,
     begun_ms: u64,
     ended_ms: u64,
     reserved: bool,
@@ -168,7 +171,7 @@ impl Store {
         if self.key_of(&text.id).is_some() {
             return Err("there is another of that id".to_owned());
         }
-        let sender = Sender { name: text.sender.clone(), host: text.host };
+        let sender = Sender { name: text.sender.clone(), host: text.host, attempt: text.attempt };
         let needs_view = needs_view::why(&images);
         let state = match text.taken_ms {
             None => State::Whole(images),
@@ -258,6 +261,7 @@ fn write(
         id: snapshot.id.clone(),
         sender: snapshot.sender.name.clone(),
         host: snapshot.sender.host,
+        attempt: snapshot.sender.attempt,
         begun_ms: snapshot.begun_ms,
         ended_ms: snapshot.ended_ms,
         reserved: snapshot.reserved,

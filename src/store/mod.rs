@@ -28,6 +28,7 @@ mod rounds;
 mod snapshot;
 mod tally;
 mod turns;
+mod withdraw;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -45,6 +46,7 @@ pub use quota::{Charge, Exhausted, Quota};
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Memory, Sender, Snapshot, State};
 pub use tally::{Tally, one_more};
+pub use withdraw::Withdrawn;
 
 use flat_images::flat_images;
 use flatten::{flatten, take_out_pages};
@@ -115,6 +117,9 @@ pub enum Refused {
     /// The list is full.
     #[error("the store lists {0} snapshots, its limit (store.max-snapshots)")]
     TooMany(u64),
+    /// The source has given up the attempt to move a process that this belongs to.
+    #[error("the source has withdrawn {0}: its process runs on there")]
+    Withdrawn(String),
     /// The snapshot was dropped meanwhile.
     #[error("it was dropped")]
     Dropped,
@@ -200,6 +205,10 @@ impl Store {
             Some(key) => key,
             None => self.list(Snapshot::new(id, &Sender::default(), State::Awaited))?,
         };
+        if self.look(key, |known| known.withdrawn) == Some(true) {
+            // Its reason was told to those who waited for that attempt; this one waits for the next.
+            self.update(key, |known| known.begin(&Sender::default(), State::Awaited));
+        }
         let taken = self.look(key, |known| matches!(known.state, State::Taken(_))) == Some(true);
         if taken && !again && !copy {
             return Err(Refused::Taken(id.to_owned()));
@@ -239,6 +248,7 @@ impl Store {
 
     /// A snapshot begins to come. An id that is awaited or spent is used (again).
     pub fn begin(&self, id: &str, sender: &Sender) -> Result<Key, Refused> {
+        self.must_not_be_withdrawn(id, sender)?;
         let Some(key) = self.key_of(id) else {
             return self.list(Snapshot::new(id, sender, State::Receiving(Rc::default())));
         };
@@ -434,8 +444,11 @@ impl Store {
     /// before its images began keeps those.
     pub fn fail(&self, key: Key, reason: &str) {
         self.update(key, |snapshot| {
-            snapshot.fail(reason);
-            one_more(&self.tally.damaged);
+            // Its source has said why.
+            if !snapshot.withdrawn {
+                snapshot.fail(reason);
+                one_more(&self.tally.damaged);
+            }
         });
     }
 

@@ -52,6 +52,7 @@ impl Store {
         sender: &Sender,
         parent: Option<&str>,
     ) -> Result<(ComingRound, Vec<Space>), Refused> {
+        self.must_not_be_withdrawn(id, sender)?;
         let next = || self.find(id, |known| known.next_round(sender)).transpose();
         let of_other = match (next()?, parent) {
             (None | Some(Base::Own(_) | Base::Other), Some(parent)) if parent != id => {
@@ -230,7 +231,7 @@ mod tests {
     }
 
     fn sender() -> Sender {
-        Sender { name: "a".to_owned(), host: None }
+        Sender { name: "a".to_owned(), host: None, attempt: 0 }
     }
 
     /// Brings pages, each filled with a byte.

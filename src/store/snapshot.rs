@@ -59,6 +59,8 @@ pub struct Sender {
     pub name: String,
     /// Its host; `None` for a unix socket. Only the host that sent a snapshot may read it back.
     pub host: Option<IpAddr>,
+    /// The attempt to move a process that what it sends belongs to, 0 for none.
+    pub attempt: u64,
 }
 
 /// The pages of a snapshot that came apart from its images, in rounds.
@@ -117,6 +119,8 @@ pub struct Snapshot {
     pub restores: usize,
     /// Whether it is kept for restores that ask for it by name.
     pub reserved: bool,
+    /// Whether its source has withdrawn it: the process runs on there.
+    pub withdrawn: bool,
     /// When what happened.
     pub timeline: Timeline,
     /// What is known of its memory.
@@ -142,6 +146,7 @@ impl Snapshot {
             view_turn: Rc::default(),
             restores: 0,
             reserved: false,
+            withdrawn: false,
             timeline,
             memory: Memory::default(),
             pages: Pages::default(),

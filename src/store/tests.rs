@@ -14,7 +14,7 @@ fn store(max_bytes: u64) -> Rc<Store> {
 }
 
 fn from(name: &str) -> Sender {
-    Sender { name: name.to_owned(), host: None }
+    Sender { name: name.to_owned(), host: None, attempt: 0 }
 }
 
 async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) -> Result<(), Exhausted> {
@@ -462,4 +462,51 @@ async fn others_have_their_turn_while_records_are_counted() {
     image.end();
     let (longest, whole) = longest_wait(store.complete(key, false)).await;
     assert!(whole.is_ok() && longest < TURN, "{longest:?}");
+}
+
+/// A snapshot of an attempt to move a process, whole.
+async fn moved(store: &Rc<Store>, id: &str, attempt: u64) -> Key {
+    let key = store.begin(id, &Sender { attempt, ..from("a") }).unwrap();
+    add(store, key, "inventory.img", RECORDS).await.unwrap();
+    store.complete(key, false).await.unwrap();
+    key
+}
+
+#[tokio::test]
+async fn what_its_source_withdraws_is_not_restored_and_who_waits_for_it_is_told() {
+    let store = store(1 << 20);
+    let claim = store
+        .claim(store.expect("web", Permission::default()).unwrap(), Permission::default())
+        .unwrap();
+    assert_eq!(store.withdraw("web", None, 7, "criu failed"), Withdrawn::Unknown);
+    assert!(claim.images().await.unwrap_err().to_string().contains("criu failed"));
+    drop(claim);
+
+    let late = store.begin("web", &Sender { attempt: 7, ..from("a") });
+    assert_eq!(late, Err(Refused::Withdrawn("web".into())), "it was still on its way");
+    moved(&store, "web", 8).await;
+    assert_eq!(store.withdraw("web", None, 8, "it failed"), Withdrawn::Withdrawn);
+    assert_eq!((state(&store, "web"), store.quota().used()), ("damaged", 0));
+    assert_eq!(store.withdraw("web", None, 8, "again"), Withdrawn::Withdrawn);
+
+    // The next restore waits for the next attempt.
+    store.expect("web", Permission::default()).unwrap();
+    assert_eq!(state(&store, "web"), "awaited");
+}
+
+#[tokio::test]
+async fn only_its_own_source_withdraws_an_attempt_and_not_once_a_restore_has_it() {
+    let store = store(1 << 20);
+    let key = moved(&store, "web", 7).await;
+    let elsewhere = Some([192, 0, 2, 7].into());
+    for (host, attempt) in [(None, 8), (elsewhere, 7), (None, 0)] {
+        assert_eq!(store.withdraw("web", host, attempt, "no"), Withdrawn::Unknown);
+        assert_eq!(state(&store, "web"), "whole");
+    }
+    let claim = store.claim(key, Permission::default()).unwrap();
+    assert_eq!(store.withdraw("web", None, 7, "late"), Withdrawn::Taken);
+    claim.taken();
+    drop(claim);
+    assert_eq!(store.withdraw("web", None, 7, "late"), Withdrawn::Taken);
+    assert_eq!(state(&store, "web"), "taken");
 }

@@ -45,6 +45,9 @@ pub struct SnapshotBegin {
     /// on from those before it.
     #[prost(string, tag = "5")]
     pub parent: ::prost::alloc::string::String,
+    /// Names the attempt to move a process that this belongs to, so that it can be withdrawn and nothing else. 0 is none.
+    #[prost(uint64, tag = "6")]
+    pub attempt: u64,
 }
 /// cache → proxy: the answer to SnapshotBegin and to SnapshotList. What is refused is aborted instead.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -263,6 +266,30 @@ pub struct PagesRequest {
     #[prost(uint64, tag = "6")]
     pub pages: u64,
 }
+/// proxy → cache, only if both sides named the feature "withdraw": the attempt to move a process has failed, and the process
+/// runs on at the source. What came of the attempt must not be restored, and whoever waits for the snapshot is told.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotWithdraw {
+    /// Names the request in the answer.
+    #[prost(uint32, tag = "1")]
+    pub request: u32,
+    #[prost(string, tag = "2")]
+    pub id: ::prost::alloc::string::String,
+    /// The attempt; what another one brought under this id stays as it is.
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+    /// Why it failed.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// cache → proxy: the answer to SnapshotWithdraw.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotWithdrawn {
+    #[prost(uint32, tag = "1")]
+    pub request: u32,
+    #[prost(enumeration = "Outcome", tag = "2")]
+    pub outcome: i32,
+}
 /// The kind of a message, as the header gives it. A kind that the receiver does not know ends the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -291,6 +318,8 @@ pub enum Kind {
     PageData = 21,
     PagesForget = 22,
     PagesRequest = 23,
+    SnapshotWithdraw = 24,
+    SnapshotWithdrawn = 25,
 }
 impl Kind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -323,6 +352,8 @@ impl Kind {
             Self::PageData => "PAGE_DATA",
             Self::PagesForget => "PAGES_FORGET",
             Self::PagesRequest => "PAGES_REQUEST",
+            Self::SnapshotWithdraw => "SNAPSHOT_WITHDRAW",
+            Self::SnapshotWithdrawn => "SNAPSHOT_WITHDRAWN",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -352,6 +383,44 @@ impl Kind {
             "PAGE_DATA" => Some(Self::PageData),
             "PAGES_FORGET" => Some(Self::PagesForget),
             "PAGES_REQUEST" => Some(Self::PagesRequest),
+            "SNAPSHOT_WITHDRAW" => Some(Self::SnapshotWithdraw),
+            "SNAPSHOT_WITHDRAWN" => Some(Self::SnapshotWithdrawn),
+            _ => None,
+        }
+    }
+}
+/// What the cache says to a withdrawal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Outcome {
+    Unspecified = 0,
+    /// Nothing of the attempt can be restored any more.
+    Withdrawn = 1,
+    /// A restore is reading it, or has taken it.
+    Taken = 2,
+    /// Nothing of the attempt is here. It never came, or was dropped, or its time to be kept after a restore is over.
+    Unknown = 3,
+}
+impl Outcome {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "OUTCOME_UNSPECIFIED",
+            Self::Withdrawn => "WITHDRAWN",
+            Self::Taken => "TAKEN",
+            Self::Unknown => "UNKNOWN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "OUTCOME_UNSPECIFIED" => Some(Self::Unspecified),
+            "WITHDRAWN" => Some(Self::Withdrawn),
+            "TAKEN" => Some(Self::Taken),
+            "UNKNOWN" => Some(Self::Unknown),
             _ => None,
         }
     }

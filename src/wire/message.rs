@@ -6,8 +6,9 @@ use prost::Message as _;
 
 pub use super::generated::{
     Goodbye, Hello, ImageAck, ImageBegin, ImageData, ImageEnd, ImageReady, KeepAlive, Kind,
-    PageData, Pages, PagesForget, PagesRequest, Region, RegionRequest, SnapshotAbort, SnapshotAck,
-    SnapshotBegin, SnapshotEnd, SnapshotList, SnapshotReady, Space, Spaces, Welcome,
+    Outcome, PageData, Pages, PagesForget, PagesRequest, Region, RegionRequest, SnapshotAbort,
+    SnapshotAck, SnapshotBegin, SnapshotEnd, SnapshotList, SnapshotReady, SnapshotWithdraw,
+    SnapshotWithdrawn, Space, Spaces, Welcome,
 };
 
 use super::frame::{Header, PAYLOAD_MAX};
@@ -22,6 +23,10 @@ pub const REGIONS_MAX: usize = 1024;
 
 /// What a cache names in its WELCOME that understands when it is told that memory may have changed.
 pub const MEMORY_MAY_HAVE_CHANGED: &str = "memory-may-have-changed";
+/// The feature of a side that knows SNAPSHOT_WITHDRAW and its answer.
+pub const WITHDRAW: &str = "withdraw";
+/// The features that this version names in its HELLO and WELCOME.
+pub const FEATURES: [&str; 2] = [MEMORY_MAY_HAVE_CHANGED, WITHDRAW];
 
 /// No reason in an abort or a goodbye is longer than this, in bytes.
 const REASON_MAX: usize = 1024;
@@ -53,6 +58,8 @@ pub enum Message {
     PageData(PageData),
     PagesForget(PagesForget),
     PagesRequest(PagesRequest),
+    SnapshotWithdraw(SnapshotWithdraw),
+    SnapshotWithdrawn(SnapshotWithdrawn),
 }
 
 /// Why a message is refused. The link ends.
@@ -99,6 +106,8 @@ macro_rules! with_inner {
             Message::PageData($inner) => $do,
             Message::PagesForget($inner) => $do,
             Message::PagesRequest($inner) => $do,
+            Message::SnapshotWithdraw($inner) => $do,
+            Message::SnapshotWithdrawn($inner) => $do,
         }
     };
 }
@@ -130,6 +139,8 @@ impl Message {
             Message::PageData(_) => Kind::PageData,
             Message::PagesForget(_) => Kind::PagesForget,
             Message::PagesRequest(_) => Kind::PagesRequest,
+            Message::SnapshotWithdraw(_) => Kind::SnapshotWithdraw,
+            Message::SnapshotWithdrawn(_) => Kind::SnapshotWithdrawn,
         }
     }
 
@@ -141,6 +152,12 @@ impl Message {
     /// The answer to a region that cannot be had, its reason cut to what a message may hold.
     pub fn no_region(request: u32, error: u32, reason: &str) -> Message {
         Message::Region(Region { request, error, reason: short(reason), size: 0 })
+    }
+
+    /// A withdrawal, its reason cut to what a message may hold.
+    pub fn withdraw(request: u32, id: &str, attempt: u64, reason: &str) -> Message {
+        let (id, reason) = (id.to_owned(), short(reason));
+        Message::SnapshotWithdraw(SnapshotWithdraw { request, id, attempt, reason })
     }
 
     /// A goodbye, its reason cut to what a message may hold.
@@ -204,6 +221,13 @@ impl Message {
             Kind::PageData => PageData::decode(bytes).map(Message::PageData),
             Kind::PagesForget => PagesForget::decode(bytes).map(Message::PagesForget),
             Kind::PagesRequest => PagesRequest::decode(bytes).map(Message::PagesRequest),
+            Kind::SnapshotWithdraw => SnapshotWithdraw::decode(bytes).map(|withdraw| {
+                let reason = printable(&withdraw.reason);
+                Message::SnapshotWithdraw(SnapshotWithdraw { reason, ..withdraw })
+            }),
+            Kind::SnapshotWithdrawn => {
+                SnapshotWithdrawn::decode(bytes).map(Message::SnapshotWithdrawn)
+            }
         };
         decoded.map_err(|error| BadMessage::Torn(kind.as_str_name(), error.to_string()))
     }
@@ -261,9 +285,10 @@ mod tests {
                     named: true,
                     round: true,
                     parent: "w".into(),
+                    attempt: 300,
                 }),
                 0,
-                b"\x05\0\x0e\0\0\0\0\0\x08\x01\x12\x03web\x18\x01\x20\x01\x2a\x01w",
+                b"\x05\0\x11\0\0\0\0\0\x08\x01\x12\x03web\x18\x01\x20\x01\x2a\x01w\x30\xac\x02",
             ),
             (
                 Message::SnapshotEnd(SnapshotEnd {
@@ -371,6 +396,19 @@ mod tests {
                 0,
                 b"\x17\0\x11\0\0\0\0\0\x08\x01\x12\x03web\x18\x01\x20\xac\x02\x28\x80\x20\x30\x02",
             ),
+            (
+                Message::withdraw(1, "web", 300, "no"),
+                0,
+                b"\x18\0\x0e\0\0\0\0\0\x08\x01\x12\x03web\x18\xac\x02\x22\x02no",
+            ),
+            (
+                Message::SnapshotWithdrawn(SnapshotWithdrawn {
+                    request: 1,
+                    outcome: Outcome::Taken as i32,
+                }),
+                0,
+                b"\x19\0\x04\0\0\0\0\0\x08\x01\x10\x02",
+            ),
             (Message::PageData(PageData { snapshot: 1 }), 8192, b"\x15\0\x02\0\0\x20\0\0\x08\x01"),
             (Message::no_region(1, 2, "no"), 0, b"\x11\0\x08\0\0\0\0\0\x08\x01\x10\x02\x1a\x02no"),
         ]
@@ -394,7 +432,7 @@ mod tests {
     #[test]
     fn unknown_kinds_wrong_payloads_and_torn_messages_are_refused_in_words() {
         let refused = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
-        assert_eq!(refused(b"\x18\0\0\0\0\0\0\0"), "a message of the unknown kind 24");
+        assert_eq!(refused(b"\x1a\0\0\0\0\0\0\0"), "a message of the unknown kind 26");
         assert_eq!(refused(b"\0\0\0\0\0\0\0\0"), "a message of the unknown kind 0");
         assert_eq!(refused(b"\x04\0\0\0\x01\0\0\0"), "a KEEP_ALIVE with a payload of 1 bytes");
         assert_eq!(refused(b"\x0a\0\0\0\0\0\0\0"), "a IMAGE_DATA with a payload of 0 bytes");
@@ -428,7 +466,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_the_decoder_panic(
-            kind in 0u16..25, payload_len in 0usize..10, bytes: Vec<u8>,
+            kind in 0u16..27, payload_len in 0usize..10, bytes: Vec<u8>,
         ) {
             let header = Header { kind, message_len: bytes.len(), payload_len };
             let _ = Message::decode(header, &bytes);

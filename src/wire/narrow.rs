@@ -49,6 +49,7 @@ fn narrow_fields(kind: Kind) -> &'static [u32] {
         Kind::KeepAlive | Kind::PagesForget => &[],
         Kind::SnapshotBegin | Kind::SnapshotReady | Kind::SnapshotList => &[1],
         Kind::SnapshotEnd | Kind::SnapshotAck | Kind::SnapshotAbort => &[1],
+        Kind::SnapshotWithdraw | Kind::SnapshotWithdrawn => &[1],
         Kind::Space | Kind::PageData | Kind::PagesRequest => &[1],
         Kind::ImageBegin | Kind::ImageReady | Kind::ImageData => &[1, 2],
         Kind::ImageEnd | Kind::ImageAck | Kind::Region | Kind::Spaces => &[1, 2],

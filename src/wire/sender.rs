@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use super::message::{
-    ImageBegin, ImageData, ImageEnd, Message, PageData, Pages, Region, SnapshotBegin, SnapshotEnd,
-    SnapshotList,
+    ImageBegin, ImageData, ImageEnd, Message, Outcome, PageData, Pages, Region, SnapshotBegin,
+    SnapshotEnd, SnapshotList,
 };
 use super::spaces;
 use crate::criu::pages::{Run, Space};
@@ -64,6 +64,13 @@ pub enum Said {
         /// Why.
         reason: String,
     },
+    /// What became of an attempt that was withdrawn.
+    Withdrawn {
+        /// The request's number.
+        request: u32,
+        /// What the cache says.
+        outcome: Outcome,
+    },
     /// The cache ends the link.
     Goodbye(String),
 }
@@ -97,6 +104,9 @@ pub fn said(message: Message) -> Result<Said, OutOfOrder> {
         Message::SnapshotAbort(abort) => {
             Ok(Said::Refused { snapshot: abort.snapshot, reason: abort.reason })
         }
+        Message::SnapshotWithdrawn(answer) => {
+            Ok(Said::Withdrawn { request: answer.request, outcome: answer.outcome() })
+        }
         Message::Goodbye(goodbye) => Ok(Said::Goodbye(goodbye.reason)),
         other => Err(OutOfOrder(other.kind().as_str_name())),
     }
@@ -117,6 +127,14 @@ struct Outgoing {
     bytes: u64,
 }
 
+/// The beginning of a snapshot or round that belongs to an attempt to move a process.
+pub fn of_attempt(mut begin: Message, of: u64) -> Message {
+    if let Message::SnapshotBegin(SnapshotBegin { attempt, .. }) = &mut begin {
+        *attempt = of;
+    }
+    begin
+}
+
 /// Messages for a snapshot or an image that this side has already ended or aborted are `None`: what
 /// is left of it is dropped.
 impl Sender {
@@ -135,7 +153,14 @@ impl Sender {
     ) -> Message {
         self.snapshots.insert(snapshot, Outgoing::default());
         let (id, parent) = (id.to_owned(), parent.unwrap_or_default().to_owned());
-        Message::SnapshotBegin(SnapshotBegin { snapshot, id, named, round: false, parent })
+        Message::SnapshotBegin(SnapshotBegin {
+            snapshot,
+            id,
+            named,
+            round: false,
+            parent,
+            attempt: 0,
+        })
     }
 
     /// A round of a snapshot's pages begins. `parent` is the snapshot whose pages they are based on, if it
@@ -143,7 +168,14 @@ impl Sender {
     pub fn begin_round(&mut self, snapshot: u32, id: &str, parent: Option<&str>) -> Message {
         self.snapshots.insert(snapshot, Outgoing::default());
         let (id, parent) = (id.to_owned(), parent.unwrap_or_default().to_owned());
-        Message::SnapshotBegin(SnapshotBegin { snapshot, id, named: true, round: true, parent })
+        Message::SnapshotBegin(SnapshotBegin {
+            snapshot,
+            id,
+            named: true,
+            round: true,
+            parent,
+            attempt: 0,
+        })
     }
 
     /// A page space begins: what follows in this round belongs to it.

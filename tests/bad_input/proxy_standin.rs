@@ -80,7 +80,7 @@ impl ProxyStandin {
     /// A round of pages that goes on from those before it.
     pub(crate) fn begin_round(&mut self, snapshot: u32, id: &str) {
         let (id, parent) = (id.to_owned(), id.to_owned());
-        let begin = SnapshotBegin { snapshot, id, named: true, round: true, parent };
+        let begin = SnapshotBegin { snapshot, id, named: true, round: true, parent, attempt: 0 };
         self.link.send(&Message::SnapshotBegin(begin));
     }
 

@@ -52,6 +52,7 @@ pub(super) async fn rehearse(
         snapshot: id.to_owned(),
         to: None,
         dir: dir.to_owned(),
+        attempt: 0,
     };
     let run = hand_over.rehearsal(&this_program()?);
     let begun = Instant::now();

@@ -105,7 +105,13 @@ mod tests {
     }
 
     fn hand_over() -> HandOver {
-        HandOver { socket: "/c".into(), snapshot: "web".to_owned(), to: None, dir: "/w/3".into() }
+        HandOver {
+            socket: "/c".into(),
+            snapshot: "web".to_owned(),
+            to: None,
+            dir: "/w/3".into(),
+            attempt: 7,
+        }
     }
 
     #[test]

@@ -7,15 +7,22 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
+use tokio::select;
+use tokio::time::{sleep, timeout};
 
-use crate::control::Client;
+use super::decision::{Decided, Decision};
+use crate::control::model::Withdrawn;
+use crate::control::{Client, ClientError};
 use crate::ctl::cli::{Daemon, Push};
 use crate::ctl::criu::Run;
 use crate::ctl::exit::{Exit, Failure};
+use crate::ctl::interrupts::Interrupts;
 use crate::ctl::print::Output;
 use crate::ctl::push;
 
@@ -27,8 +34,13 @@ const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 const POST_DUMP: &str = "post-dump";
 /// No action of CRIU's: all is done that can be done before.
 const REHEARSAL: &str = "rehearsal";
-/// A file in the work directory: the process is to stay here.
-const CALLED_OFF: &str = "called-off";
+/// CRIU's images directory, as /proc/PID/fd/N of CRIU's own: set for its action scripts.
+const IMAGE_DIR: &str = "CRTOOLS_IMAGE_DIR";
+/// How long the process may stay frozen for what the cache says to a withdrawal.
+const WITHDRAWN_WITHIN: Duration = Duration::from_secs(5);
+/// How often the proxy is asked whether it is there, and how long it may take to say so.
+const ASKED_EVERY: Duration = Duration::from_secs(2);
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// The snapshot to hand over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +53,8 @@ pub(in crate::ctl) struct HandOver {
     pub(super) to: Option<String>,
     /// The directory with its images.
     pub(super) dir: PathBuf,
+    /// Names this attempt to move the process, so that the cache can give up what came of it, and nothing else.
+    pub(super) attempt: u64,
 }
 
 impl HandOver {
@@ -52,14 +66,9 @@ impl HandOver {
         Some(serde_json::from_str(&asked).map_err(malformed))
     }
 
-    /// Keeps a script that has not begun from handing over.
-    pub(super) fn call_off(work_dir: &Path) {
-        // Then the script fails for want of what was sent, in all likelihood.
-        let _ = File::create(work_dir.join(CALLED_OFF));
-    }
-
-    fn called_off(&self) -> PathBuf {
-        self.dir.with_file_name(CALLED_OFF)
+    /// What the script and `migrate` agree on.
+    fn decision(&self) -> Decision {
+        Decision::at(self.dir.parent().unwrap_or(&self.dir))
     }
 
     /// How CRIU passes it on.
@@ -78,7 +87,11 @@ impl HandOver {
         }
     }
 
-    /// Pushes the images and waits until the cache has acknowledged the whole snapshot.
+    /// Pushes the images and waits until the cache has acknowledged the whole snapshot. Then, and only then, CRIU
+    /// is told to end the process.
+    ///
+    /// Whatever ends the wait before, the cache gives up what it has, and CRIU lets the process go on. Only if a
+    /// restore has it by then, the process has moved all the same: one of the two has to go.
     pub(in crate::ctl) async fn run(self) -> Result<(), Failure> {
         match env::var_os(ACTION) {
             Some(action) if action == POST_DUMP => {}
@@ -88,13 +101,97 @@ impl HandOver {
             }
             _ => return Ok(()),
         }
-        if self.called_off().exists() {
-            return Err(Failure::new(Exit::Interrupted, "the migration was called off"));
+        let decision = self.decision();
+        let mut criu = Criu::watch()?;
+        let failed = |error: io::Error| Failure::failed(format!("the work directory: {error}"));
+        if decision.decided() == Some(Decided::CalledOff) {
+            return Err(called_off());
         }
-        let daemon = Daemon { socket: Some(self.socket), ..Daemon::default() };
-        let (snapshot, to, dir) = (Some(self.snapshot), self.to, self.dir);
-        let push = Push { snapshot, to, dir, parent: None, verbose: false };
-        push::run(&daemon, Output { json: false }, &push).await
+        decision.begin_sending().map_err(failed)?;
+        let pushed = select! {
+            pushed = self.push() => pushed,
+            why = silence(&self.socket) => Err(why),
+            () = decision.called_off() => Err(called_off()),
+            () = criu.gone() => Err(Failure::failed("criu has gone")),
+        };
+        let failure = match pushed {
+            Ok(()) => match decision.decide(Decided::HandedOver).map_err(failed)? {
+                Decided::HandedOver => return Ok(()),
+                Decided::CalledOff => called_off(),
+            },
+            Err(failure) => failure,
+        };
+        let withdrawn = timeout(WITHDRAWN_WITHIN, self.withdraw(&failure.to_string())).await;
+        if matches!(withdrawn, Ok(Ok(Withdrawn::Taken))) && criu.is_there() {
+            let _ = decision.decide(Decided::HandedOver);
+            return Ok(());
+        }
+        Err(failure)
+    }
+
+    async fn push(&self) -> Result<(), Failure> {
+        let daemon = Daemon { socket: Some(self.socket.clone()), ..Daemon::default() };
+        let (snapshot, to) = (Some(self.snapshot.clone()), self.to.clone());
+        let push = Push { snapshot, to, dir: self.dir.clone(), parent: None, verbose: false };
+        push::attempt(&daemon, Output { json: false }, &push, self.attempt).await
+    }
+
+    /// Has the cache give up what came of this attempt.
+    pub(super) async fn withdraw(&self, reason: &str) -> Result<Withdrawn, ClientError> {
+        let reason = format!("its migration failed, and it runs on at the source: {reason}");
+        let mut client = Client::connect(&self.socket).await?;
+        client.withdraw(&self.snapshot, self.attempt, &reason, self.to.as_deref()).await
+    }
+}
+
+fn called_off() -> Failure {
+    Failure::new(Exit::Interrupted, "the migration was called off")
+}
+
+/// Resolves when the proxy does not answer any more.
+async fn silence(socket: &Path) -> Failure {
+    loop {
+        sleep(ASKED_EVERY).await;
+        let answer =
+            timeout(ANSWERS_WITHIN, async { Client::connect(socket).await?.status().await });
+        match answer.await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return error.into(),
+            Err(_) => {
+                return Failure::failed(format!(
+                    "the proxy has not answered for {ANSWERS_WITHIN:?}"
+                ));
+            }
+        }
+    }
+}
+
+/// The CRIU whose script this is. When it has gone nobody waits for the script, and the process runs.
+struct Criu {
+    ended: Interrupts,
+    /// A directory of its own that only it can show.
+    dir: Option<PathBuf>,
+}
+
+impl Criu {
+    /// From now on its end is seen.
+    fn watch() -> Result<Criu, Failure> {
+        let ended = Interrupts::catch()?;
+        set_parent_process_death_signal(Some(Signal::TERM))
+            .map_err(|error| Failure::failed(format!("PR_SET_PDEATHSIG: {error}")))?;
+        Ok(Criu { ended, dir: env::var_os(IMAGE_DIR).map(PathBuf::from) })
+    }
+
+    /// Resolves when it has gone, or somebody else ends the script.
+    async fn gone(&mut self) {
+        if self.is_there() {
+            self.ended.next().await;
+        }
+    }
+
+    /// Whether it is there.
+    fn is_there(&self) -> bool {
+        self.dir.as_ref().is_none_or(|dir| dir.exists())
     }
 }
 
@@ -109,6 +206,7 @@ mod tests {
             snapshot: "web \"1\"".to_owned(),
             to: Some("hostb:1".to_owned()),
             dir: "/w/3".into(),
+            attempt: 7,
         };
         let (name, value) = hand_over.to_environment();
         assert_eq!(name, VARIABLE);
@@ -117,17 +215,10 @@ mod tests {
         assert!(HandOver::asked().is_none());
     }
 
-    #[test]
-    fn it_can_be_called_off() {
-        let work_dir = tempfile::tempdir().unwrap();
-        let hand_over = HandOver {
-            socket: "/c".into(),
-            snapshot: "web".to_owned(),
-            to: None,
-            dir: work_dir.path().join("3"),
-        };
-        assert!(!hand_over.called_off().exists());
-        HandOver::call_off(work_dir.path());
-        assert!(hand_over.called_off().exists());
+    #[tokio::test]
+    async fn a_proxy_that_is_not_there_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let why = silence(&dir.path().join("control.sock")).await;
+        assert_eq!(why.exit, Exit::Unreachable);
     }
 }

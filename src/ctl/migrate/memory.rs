@@ -51,6 +51,14 @@ pub(super) fn name(pid: u32) -> io::Result<String> {
     Ok(fs::read_to_string(format!("/proc/{pid}/comm"))?.trim_end().to_owned())
 }
 
+/// Whether a process is there and not dead, which it is before its parent has heard of it.
+pub(super) fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name before it may have anything in it.
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| !"ZX".contains(state))
+}
+
 /// The memory that a dump of these processes has to bring, in bytes: what is in memory or swapped
 /// out, and belongs to no file. What is shared is counted for each.
 pub(super) fn held(pids: &[u32]) -> u64 {

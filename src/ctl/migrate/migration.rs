@@ -1,36 +1,50 @@
 //! A migration under way: rounds, then the final dump.
 
+use std::collections::hash_map::RandomState;
 use std::fs::{self, DirBuilder};
+use std::hash::BuildHasher;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::param::page_size;
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::args::Migrate;
 use super::beforehand::{rehearse, tracking};
 use super::commands::Commands;
+use super::decision::{Decided, Decision};
 use super::hand_over::HandOver;
 use super::plan::{self, Dirty, Extent, Forecast, Plan, Round, Step};
 use super::report::{self, DumpTold, ForecastTold, Outcome, RoundTold, Summary, ms};
 use super::{memory, this_program};
-use crate::control::Client;
-use crate::control::model::SnapshotState;
+use crate::control::model::Withdrawn;
+use crate::control::{Client, ClientError};
 use crate::criu::stats::{DumpStats, STATS_DUMP};
 use crate::ctl::criu::Run;
 use crate::ctl::exit::Failure;
 use crate::ctl::interrupts::Interrupts;
+use crate::ctl::print::clean;
 use crate::ctl::work_dir::WorkDir;
 
 /// So many of the last snapshots are looked at for how fast the link is.
 const LOOKED_AT: usize = 16;
+/// How long the cache may take to say that it has given up what was sent. The process runs meanwhile.
+const WITHDRAWN_WITHIN: Duration = Duration::from_secs(20);
+/// How often a proxy that does not answer is asked again.
+const ASKED_EVERY: Duration = Duration::from_millis(200);
+/// How long a process may take to end that CRIU may have killed.
+const DYING: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(10);
 
 /// A migration under way.
 pub(super) struct Migration<'a> {
     args: &'a Migrate,
     id: String,
+    /// Names this attempt to move the process.
+    attempt: u64,
     /// The proxy's control socket.
     proxy: PathBuf,
     work_dir: WorkDir,
@@ -65,10 +79,12 @@ impl<'a> Migration<'a> {
         let failed = |error: io::Error| Failure::failed(format!("no page server: {error}"));
         let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(failed)?;
         let page_server = listener.local_addr().map_err(failed)?;
-        client.open_pages(&id, None, args.to.as_deref(), listener.into()).await?;
+        let (attempt, to) = (new_attempt(), args.to.as_deref());
+        client.open_pages_of_attempt(&id, attempt, to, listener.into()).await?;
         Ok(Migration {
             args,
             id,
+            attempt,
             proxy,
             work_dir,
             page_server,
@@ -182,12 +198,7 @@ impl<'a> Migration<'a> {
     async fn dump(&mut self, interrupts: &mut Interrupts) -> Result<DumpTold, Failure> {
         let begun = Instant::now();
         let dir = self.commands().dir();
-        let hand_over = HandOver {
-            socket: self.proxy.clone(),
-            snapshot: self.id.clone(),
-            to: self.args.to.clone(),
-            dir: dir.clone(),
-        };
+        let hand_over = self.hand_over(dir.clone());
         let run = self.commands().dump(&hand_over, &this_program()?);
         self.criu(&run, &dir, interrupts).await?;
         // It has happened, whatever the statistics say.
@@ -212,8 +223,13 @@ impl<'a> Migration<'a> {
             .create(dir)
             .map_err(|error| Failure::failed(format!("{}: {error}", dir.display())))?;
         let call_off = async {
-            HandOver::call_off(self.work_dir.path());
-            self.forget().await;
+            let decision = Decision::at(self.work_dir.path());
+            match decision.decide(Decided::CalledOff) {
+                // CRIU ends the process, and so does the migration.
+                Ok(Decided::HandedOver) => {}
+                // What it sends to closes, and CRIU undoes everything by itself.
+                _ => _ = self.withdraw("it was called off").await,
+            }
         };
         run.run(dir, interrupts, call_off).await
     }
@@ -227,35 +243,94 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Has what was sent forgotten. Its page server closes, which ends a run of CRIU.
-    pub(super) async fn forget(&self) {
-        if let Ok(mut client) = Client::connect(&self.proxy).await {
-            // There may be nothing of it.
-            let _ = client.drop_snapshot(&self.id).await;
+    /// What CRIU's action script is to do with the images in `dir`.
+    fn hand_over(&self, dir: PathBuf) -> HandOver {
+        let (socket, snapshot) = (self.proxy.clone(), self.id.clone());
+        HandOver { socket, snapshot, to: self.args.to.clone(), dir, attempt: self.attempt }
+    }
+
+    /// Has the cache give up what was sent, and tell those who wait for it. At the proxy the page server closes,
+    /// which ends a run of CRIU. A proxy that has just died is back in a moment, so it is asked again for a while.
+    async fn withdraw(&self, reason: &str) -> Result<Withdrawn, Failure> {
+        let hand_over = self.hand_over(PathBuf::new());
+        let mut last =
+            Failure::failed(format!("the proxy has not answered for {WITHDRAWN_WITHIN:?}"));
+        let until = Instant::now() + WITHDRAWN_WITHIN;
+        while let Ok(answer) = timeout_at(until, hand_over.withdraw(reason)).await {
+            match answer {
+                Ok(withdrawn) => return Ok(withdrawn),
+                // The proxy lives, and has tried for as long as it does; or it is one of 0.1.0.
+                Err(refused @ ClientError::Refused(_)) => return Err(refused.into()),
+                Err(error) => last = error.into(),
+            }
+            sleep(ASKED_EVERY).await;
         }
+        Err(last)
+    }
+
+    /// Nothing was frozen, and nothing will be: what was sent is of no use to anybody.
+    pub(super) async fn give_up(&self, why: &str, interrupts: &mut Interrupts) {
+        // Who waits at the cache waits on, if it cannot be told; there is nothing to restore.
+        let _ = interrupts.during(self.withdraw(why)).await;
     }
 
     /// A failure, with what has become of the process and of what was sent.
-    pub(super) async fn runs_on(&self, failure: Failure) -> Failure {
-        let (id, tree) = (&self.id, self.args.tree);
-        let whole = match Client::connect(&self.proxy).await {
-            Ok(mut client) => {
-                client.show(id).await.is_ok_and(|(now, _)| now.state == SnapshotState::Whole)
+    pub(super) async fn broken_off(
+        &self,
+        failure: Failure,
+        interrupts: &mut Interrupts,
+    ) -> Failure {
+        let decision = Decision::at(self.work_dir.path());
+        let may_have_sent = decision.may_have_sent();
+        if decision.decided() == Some(Decided::HandedOver) && !self.args.leave_running {
+            self.ends_within(DYING).await;
+        }
+        let (id, tree) = (clean(&self.id), self.args.tree);
+        let at_b = "on the destination host: criu-imagectl --cache show";
+        if !memory::lives(tree) {
+            // Whatever is at the cache is the only copy.
+            if !may_have_sent {
+                let _ = interrupts.during(self.withdraw(&failure.to_string())).await;
+                return failure.cure(format!("there is no process {tree} any more"));
             }
-            Err(_) => false,
-        };
-        self.forget().await;
-        if whole {
-            failure.cure(format!(
-                "the cache has snapshot {id}, whole: if process {tree} runs here, have it dropped there \
-                 (criu-imagectl --cache drop) before it is restored"
-            ))
-        } else if failure.has_cure() {
-            failure
-        } else if memory::name(tree).is_ok() {
-            failure.cure(format!("process {tree} runs on here"))
-        } else {
-            failure.cure(format!("there is no process {tree} any more"))
+            return failure.unsure(
+                format!("process {tree} is gone here, and the cache may have all of it"),
+                format!("{at_b} {id}; if it is whole: criu-imagectl restore {id}"),
+            );
+        }
+        let asked = interrupts.during(self.withdraw(&failure.to_string())).await;
+        let answer = asked.unwrap_or_else(|interrupted| Err(interrupted.into()));
+        let runs_on = format!("process {tree} runs on here");
+        match answer {
+            Ok(Withdrawn::Taken) => failure.unsure(
+                format!("process {tree} runs here, and a restore has taken snapshot {id}: it may run twice"),
+                format!("see whether it runs on the destination host, and end one of the two: here by kill {tree}"),
+            ),
+            Ok(Withdrawn::Withdrawn) if may_have_sent => {
+                failure.note(format!("{runs_on}, and the cache has dropped its copy of {id}"))
+            }
+            Ok(_) | Err(_) if !may_have_sent => failure.note(runs_on),
+            Ok(Withdrawn::Withdrawn) => failure.note(runs_on),
+            Ok(Withdrawn::Unknown) => failure.unsure(
+                format!("{runs_on}. The cache has no snapshot {id}: it was never whole there, or was restored and dropped"),
+                format!("see on the destination host whether process {tree} runs there, too: journalctl CRIU_SNAPSHOT={id}"),
+            ),
+            Ok(Withdrawn::Unsaid) => failure.unsure(
+                format!("{runs_on}. Whether the cache has snapshot {id} is not known: its version cannot say"),
+                format!("{at_b} {id}; if it is whole: criu-imagectl --cache drop {id}; if it is taken, end one of the two processes"),
+            ),
+            Err(why) => failure.unsure(
+                format!("{runs_on}. Whether the cache has snapshot {id} is not known: {why}"),
+                format!("{at_b} {id}; if it is whole: criu-imagectl --cache drop {id}; if it is taken, end one of the two processes"),
+            ),
+        }
+    }
+
+    /// Waits for the end of the process, for so long.
+    async fn ends_within(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        while memory::lives(self.args.tree) && Instant::now() < until {
+            sleep(LOOK).await;
         }
     }
 
@@ -284,6 +359,12 @@ impl<'a> Migration<'a> {
             milliseconds: ms(self.begun.elapsed()),
         }
     }
+}
+
+/// A number that no other attempt has.
+fn new_attempt() -> u64 {
+    // Each has keys of its own, at random. Varlink's numbers have a sign, and 0 is none.
+    (RandomState::new().hash_one(std::process::id()) >> 2) | 1
 }
 
 fn stats(dir: &Path) -> Result<DumpStats, Failure> {

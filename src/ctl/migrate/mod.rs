@@ -7,6 +7,7 @@
 pub(super) mod args;
 mod beforehand;
 mod commands;
+mod decision;
 pub(super) mod hand_over;
 mod memory;
 mod migration;
@@ -43,13 +44,13 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Migrate) -> Resu
     let mut migration = Migration::prepare(args, id, client, &mut interrupts).await?;
     let summary = match migration.run(&mut interrupts).await {
         Ok(summary) => summary,
-        Err(failure) => return Err(migration.runs_on(failure).await),
+        Err(failure) => return Err(migration.broken_off(failure, &mut interrupts).await),
     };
     output.print(&summary, || summary.text())?;
     match summary.outcome {
         Outcome::Migrated | Outcome::Copied => Ok(()),
         Outcome::GivenUp { why } => {
-            migration.forget().await;
+            migration.give_up(&why, &mut interrupts).await;
             Err(Failure::new(Exit::OutOfReach, why).cure(format!(
                 "allow more with --max-downtime, or make the dump all the same with --force; process {} \
                  was not frozen and runs on here",
@@ -82,8 +83,8 @@ fn dry_run(output: Output, args: &Migrate, id: String) -> Result<(), Failure> {
         runs.extend((0..rounds).map(|n| commands(n).round()));
     }
     let last = commands(rounds);
-    let hand_over =
-        HandOver { socket: PathBuf::new(), snapshot: id, to: args.to.clone(), dir: last.dir() };
+    let (socket, to, dir) = (PathBuf::new(), args.to.clone(), last.dir());
+    let hand_over = HandOver { socket, snapshot: id, to, dir, attempt: 0 };
     runs.push(last.dump(&hand_over, &this_program()?));
     let lines: Vec<_> = runs.iter().map(Run::line).collect();
     output.print(&json!({ "commands": lines }), || lines.join("\n"))

@@ -17,7 +17,7 @@ fn store() -> Rc<Store> {
 }
 
 fn sender() -> Sender {
-    Sender { name: "host-a".to_owned(), host: Some([192, 0, 2, 7].into()) }
+    Sender { name: "host-a".to_owned(), host: Some([192, 0, 2, 7].into()), attempt: 7 }
 }
 
 async fn add(store: &Store, key: Key, name: &str, bytes: &[u8]) {

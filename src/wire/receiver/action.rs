@@ -1,7 +1,7 @@
 //! What comes of a message.
 
 use crate::criu::pages::{Run, Space};
-use crate::wire::message::{PagesRequest, RegionRequest};
+use crate::wire::message::{PagesRequest, RegionRequest, SnapshotWithdraw};
 
 /// What the cache has to do about a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub enum Action {
         named: bool,
         /// The snapshot in which it has pages that its own images lack.
         parent: Option<String>,
+        /// The attempt to move a process that it belongs to, 0 for none.
+        attempt: u64,
     },
     /// A round of a snapshot's pages begins.
     BeginRound {
@@ -27,6 +29,8 @@ pub enum Action {
         id: String,
         /// The snapshot whose pages they are based on, if it is not this one itself.
         parent: Option<String>,
+        /// The attempt that it belongs to.
+        attempt: u64,
     },
     /// A page space begins.
     Space {
@@ -52,6 +56,8 @@ pub enum Action {
         /// Its id.
         id: String,
     },
+    /// An attempt to move a process has failed: nothing that came of it may be restored.
+    Withdraw(SnapshotWithdraw),
     /// A round has come that was announced so.
     CompleteRound {
         /// Its number.

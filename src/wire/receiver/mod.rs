@@ -57,6 +57,7 @@ impl Receiver {
             Message::Space(space) => self.space(&space),
             Message::Pages(pages) => self.pages(&pages),
             Message::PagesForget(forget) => Ok(Action::Forget { id: forget.id }),
+            Message::SnapshotWithdraw(withdraw) => Ok(Action::Withdraw(withdraw)),
             Message::PageData(data) => self.page_data(data, payload_len as u64),
             Message::SnapshotEnd(end) => self.end(&end),
             Message::SnapshotAbort(abort) => {
@@ -79,7 +80,10 @@ impl Receiver {
             | Message::SnapshotAck(_)
             | Message::ImageReady(_)
             | Message::ImageAck(_)
-            | Message::Spaces(_) => Err(Violation::OutOfOrder(message.kind().as_str_name())),
+            | Message::Spaces(_)
+            | Message::SnapshotWithdrawn(_) => {
+                Err(Violation::OutOfOrder(message.kind().as_str_name()))
+            }
         }
     }
 
@@ -91,7 +95,7 @@ impl Receiver {
     }
 
     fn begin(&mut self, begin: SnapshotBegin) -> Result<Action, Violation> {
-        let SnapshotBegin { snapshot, id, named, round, parent } = begin;
+        let SnapshotBegin { snapshot, id, named, round, parent, attempt } = begin;
         let parent = Some(parent).filter(|parent| !parent.is_empty());
         if u64::from(snapshot) < self.next {
             return Err(Violation::SnapshotTwice(snapshot));
@@ -118,9 +122,9 @@ impl Receiver {
             return Ok(self.damaged(snapshot, reason));
         }
         Ok(if round {
-            Action::BeginRound { snapshot, id, parent }
+            Action::BeginRound { snapshot, id, parent, attempt }
         } else {
-            Action::Begin { snapshot, id, named, parent }
+            Action::Begin { snapshot, id, named, parent, attempt }
         })
     }
 

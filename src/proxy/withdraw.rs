@@ -1,0 +1,58 @@
+//! An attempt to move a process has failed: the process runs on here, and nothing that came of the attempt may be
+//! restored.
+
+use tokio::time::timeout;
+
+use super::Proxy;
+use crate::control::Withdraw;
+use crate::control::model::Withdrawn;
+use crate::daemon::journal;
+use crate::wire::message::Outcome;
+
+/// How often the cache is asked, if links break under it.
+const TRIES: usize = 3;
+
+impl Proxy {
+    /// Ends what is being sent of an attempt, and has the cache give up what came of it. The error says why the
+    /// cache could not be asked.
+    pub(super) async fn withdraw(
+        &self,
+        request: &Withdraw,
+        cache: &str,
+    ) -> Result<Withdrawn, String> {
+        let Withdraw { id, attempt, reason, .. } = request;
+        let settings = self.settings();
+        let limit = settings.link.ack_timeout;
+        let own = self.records.find(id).filter(|record| record.attempt() == *attempt);
+        if let Some(record) = &own {
+            record.stop(reason);
+            self.records.remove(record);
+            // Its abort goes first.
+            let _ = timeout(limit, record.settled()).await;
+            tracing::info!(
+                message_id = journal::SNAPSHOT_DROPPED,
+                criu_snapshot = id,
+                "snapshot {id} is withdrawn: {reason}"
+            );
+        }
+        for _ in 0..TRIES {
+            let connection = self.links.connect(cache, &settings).await?;
+            if !connection.withdraws() {
+                if own.is_some_and(|record| record.has_left_pages()) {
+                    connection.forget_pages(id).await;
+                }
+                return Ok(Withdrawn::Unsaid);
+            }
+            match timeout(limit, connection.withdraw(id, *attempt, reason)).await {
+                Ok(Some(Outcome::Withdrawn)) => return Ok(Withdrawn::Withdrawn),
+                Ok(Some(Outcome::Taken)) => return Ok(Withdrawn::Taken),
+                Ok(Some(Outcome::Unknown)) => return Ok(Withdrawn::Unknown),
+                // An answer of a later version.
+                Ok(Some(Outcome::Unspecified)) => return Ok(Withdrawn::Unsaid),
+                Ok(None) => {}
+                Err(_) => return Err(format!("the cache {cache} has not answered for {limit:?}")),
+            }
+        }
+        Err(format!("the link to {cache} breaks again and again"))
+    }
+}
