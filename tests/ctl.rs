@@ -13,8 +13,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use criu_image_relay::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status};
-use criu_image_relay::control::{Backend, Open, OpenPages, Reading, Refusal, serve};
+use criu_image_relay::control::model::{
+    Image, ImageFile, Role, Snapshot, SnapshotState, Status, Withdrawn,
+};
+use criu_image_relay::control::{Backend, Open, OpenPages, Reading, Refusal, Withdraw, serve};
 use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
 use criu_image_relay::daemon::sessions::{Peer, admit};
 use criu_image_relay::sys::scm::receive_descriptor;
@@ -135,6 +137,11 @@ impl Backend for Fake {
 
     fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
         self.store.lock().remove(id).map(drop).ok_or(Refusal::NoSuchSnapshot)
+    }
+
+    async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {
+        let known = self.store.lock().remove(&request.id);
+        Ok(if known.is_some() { Withdrawn::Withdrawn } else { Withdrawn::Unknown })
     }
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {
@@ -593,7 +600,8 @@ fn a_socket_is_opened_in_a_directory() {
     proxy.ctl(&["open", utf8(&dir)]).exits(1).complains("No such file");
     fs::create_dir_all(&dir).unwrap();
     let opened = proxy.ctl(&["open", utf8(&dir), "--to", "hostb:1"]).exits(0);
-    let command = format!("criu dump --stream -D {} -t PID\n", utf8(&dir.canonicalize().unwrap()));
+    let dump = format!("criu dump --stream -D {}", utf8(&dir.canonicalize().unwrap()));
+    let command = format!("{dump} -t PID --action-script criu-imagectl\n");
     assert_eq!(opened.out(), command);
     let expected = Open {
         copy: false,
@@ -723,8 +731,9 @@ fn a_hand_over_is_not_made_for_other_scripts_or_after_it_was_called_off() {
     let proxy = Daemon::honest(Role::Proxy);
     let dir = proxy.path("1");
     dumped(&dir);
-    let asked =
-        serde_json::json!({ "socket": proxy.socket, "snapshot": "web", "to": null, "dir": dir });
+    let asked = serde_json::json!({
+        "socket": proxy.socket, "snapshot": "web", "attempt": 7, "to": null, "dir": dir,
+    });
     let hand_over = |action: &str| {
         let mut command = imagectl();
         command.env("CRTOOLS_SCRIPT_ACTION", action);
@@ -733,10 +742,10 @@ fn a_hand_over_is_not_made_for_other_scripts_or_after_it_was_called_off() {
     };
     hand_over("network-lock").exits(0);
     assert!(proxy.store.lock().is_empty());
-    let called_off = proxy.path("called-off");
-    fs::write(&called_off, "").unwrap();
+    let decision = proxy.path("decision");
+    std::os::unix::fs::symlink("called-off", &decision).unwrap();
     hand_over("post-dump").exits(8).complains("called off");
-    fs::remove_file(&called_off).unwrap();
+    fs::remove_file(&decision).unwrap();
     hand_over("post-dump").exits(0);
     assert_eq!(proxy.store.lock()["web"].snapshot.state, SnapshotState::Whole);
 }

@@ -22,6 +22,8 @@ impl metrics::Figures for Proxy {
         page.gauges("link_up", "Whether the link to a cache is up.", "peer", links);
         let help = "Snapshots that are listed now, by state.";
         page.gauges("snapshots", help, "state", self.records.counts().by_state());
+        page.bytes_gauge("held", "Copied pages that wait to be sent.", status.held_bytes);
+        page.bytes_gauge("quota", "How much may wait (memory.max-bytes).", status.max_bytes);
         let Tally { ended, rounds, dumps, round_durations } = self.records.tally();
         page.counters(
             "snapshots_ended",

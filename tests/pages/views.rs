@@ -57,7 +57,7 @@ fn what_needs_a_view_has_its_pages_together_before_a_restore_asks() {
 #[test]
 fn a_restore_that_waits_with_a_view_has_its_pages_together_before_it_asks() {
     let bench = Bench::start();
-    let (_waits, theirs) = UnixStream::pair().unwrap();
+    let (waits, theirs) = UnixStream::pair().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut client = Client::connect(bench.cache.dir().join("control.sock")).await.unwrap();
@@ -65,5 +65,7 @@ fn a_restore_that_waits_with_a_view_has_its_pages_together_before_it_asks() {
     });
     send(&bench, "web", &[]);
     assert!(eventually(|| bench.cache.has_memfd("pages-1.img")));
+    drop(waits);
+    assert!(eventually(|| bench.cache.try_hold("web", false, false).is_ok()));
     assert_pages(&bench, "web");
 }
