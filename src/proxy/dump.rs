@@ -183,7 +183,7 @@ impl Dump<'_> {
         let first = first?;
         let (connected, coming) = watch::channel(None);
         let mut captured = pin!(self.capture(&coming, Ok(first), requests));
-        // Pages are copied while there is no link yet.
+        // Images are opened while there is no link yet; what CRIU writes waits in its pipes.
         let upload = tokio::select! {
             upload = self.connect() => upload?,
             captured = &mut captured => {
@@ -283,7 +283,15 @@ impl Dump<'_> {
         }
         let source = self.source(&name, pipe)?;
         let copying = match &source {
-            Source::Held(held) => Some(self.copying(&name, held)),
+            Source::Held(held) => {
+                let (copying, mut coming) = (self.copying(&name, held), coming.clone());
+                // Without a link the dump fails in the end, which it can only as long as CRIU waits in it.
+                Some(async move {
+                    if coming.wait_for(Option::is_some).await.is_ok() {
+                        copying.await;
+                    }
+                })
+            }
             _ => None,
         };
         let (record, records) = (self.record.clone(), self.proxy.records.clone());

@@ -75,14 +75,17 @@ fn a_cache_of_0_1_0_is_not_told_and_the_journal_says_so() {
 }
 
 #[test]
-fn pages_are_copied_while_there_is_no_link_yet() {
+fn criu_waits_for_a_link_and_pages_are_copied_as_soon_as_there_is_one() {
     let cache = CacheStandin::listen();
     let proxy = Daemon::proxy(cache.address(), &[]);
     let mut dump = Criu::dump(&proxy);
     // Much more than the pipe holds.
-    dump.write("pages-1.img", &vec![7; 8 << 20]);
-    assert!(eventually(|| proxy.status().held_bytes == 8 << 20), "{:?}", proxy.status());
+    let mut pages = dump.create("pages-1.img");
+    let writes = std::thread::spawn(move || pages.write_all(&vec![7; 8 << 20]).unwrap());
+    assert!(eventually(|| proxy.list().iter().any(|snapshot| snapshot.images == 1)));
+    assert_eq!((proxy.status().held_bytes, writes.is_finished()), (0, false));
     let mut link = cache.welcome();
+    writes.join().unwrap();
     dump.write("core-7.img", RECORDS);
     let inventory = dump.create(INVENTORY);
     std::thread::sleep(Duration::from_millis(50));

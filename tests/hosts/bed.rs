@@ -169,6 +169,16 @@ impl Bed {
         hooked
     }
 
+    /// Stops the cache when there is a link to it. Returns its pid.
+    pub(crate) fn stuck_cache(&self) -> String {
+        let other = self.workload(Host::A, "other", 8);
+        self.ok(Host::A, &Bed::hooked_dump(&other, Host::A.work_dir()));
+        self.ok(Host::B, &Bed::restore(Host::B.work_dir()));
+        let cache = self.daemon_pid(Host::B);
+        self.ok(Host::B, &["kill", "-STOP", &cache]);
+        cache
+    }
+
     /// `criu restore` on host B.
     pub(crate) fn restore(dir: &str) -> [&str; 10] {
         ["criu", "restore", "-d", "--stream", "-D", dir, "-W", "/tmp", "-o", "restore.log"]
@@ -198,12 +208,6 @@ impl Bed {
             counter: report["counter"].as_u64().unwrap(),
             checksum: report["checksum"].as_str().unwrap().to_owned(),
         }
-    }
-
-    /// Starts a process of `mib` MiB with threads and robust mutexes, as [`workload`](Bed::workload) does.
-    #[track_caller]
-    pub(crate) fn threads(&self, host: Host, name: &str, mib: u32) -> String {
-        self.hosts(&["threads", host.name(), name, &mib.to_string()]).trim().to_owned()
     }
 
     /// Makes one report everything that it says of itself.

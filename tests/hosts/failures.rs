@@ -64,15 +64,17 @@ fn a_link_cut_in_the_middle_fails_the_dump_towards_the_source() {
     bed.configure(Host::A, "keep-alive", "\"200ms\"");
     bed.configure(Host::B, "keep-alive", "\"200ms\"");
     let pid = bed.workload(Host::A, "web", 256);
-    let dump = dump_that_is_stuck(&bed, &pid);
+    let cache = bed.stuck_cache();
+    let dump = bed.spawn(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
+    wait_until("the dump is under way", || bed.list(Host::A).len() == 2);
     bed.cut();
-    bed.ok(Host::A, &["kill", "-CONT", &bed.daemon_pid(Host::A)]);
     assert!(!dump.wait_with_output().unwrap().status.success());
     let list = bed.list(Host::A);
-    assert_eq!(list[0]["state"], "damaged", "{list:?}");
+    assert_eq!(list[1]["state"], "damaged", "{list:?}");
     assert_goes_on(&bed, "web", &pid);
 
     bed.mend();
+    bed.ok(Host::B, &["kill", "-CONT", &cache]);
     assert_the_next_dump_works(&bed, "web", &pid);
 }
 
@@ -98,12 +100,7 @@ fn a_dump_fails_in_time_when_there_is_no_cache_and_the_process_runs_on() {
 fn a_cache_killed_in_the_middle_fails_the_dump_towards_the_source() {
     let bed = Bed::up();
     let pid = bed.workload(Host::A, "web", 256);
-    // The link is up, so that the cache is there to be killed.
-    let other = bed.workload(Host::A, "other", 8);
-    bed.ok(Host::A, &Bed::hooked_dump(&other, Host::A.work_dir()));
-    bed.ok(Host::B, &Bed::restore(Host::B.work_dir()));
-    let cache = bed.daemon_pid(Host::B);
-    bed.ok(Host::B, &["kill", "-STOP", &cache]);
+    let cache = bed.stuck_cache();
     let dump = bed.spawn(Host::A, &Bed::dump(&pid, Host::A.work_dir()));
     wait_until("the dump is under way", || bed.list(Host::A).len() == 2);
     bed.ok(Host::B, &["kill", "-KILL", &cache]);
