@@ -183,7 +183,7 @@ async fn in_a_thread(
     set: Set,
     id: &str,
 ) -> Result<(Set, Result<u64, Sending>), Failure> {
-    let (sender, sent) = oneshot::channel();
+    let (sender, outcome_of) = oneshot::channel();
     let id = id.to_owned();
     let thread = thread::Builder::new().spawn(move || {
         let outcome = send(session, &set, &id);
@@ -191,7 +191,7 @@ async fn in_a_thread(
         let _ = sender.send((set, outcome));
     });
     thread.map_err(|error| Failure::failed(format!("a thread cannot be made: {error}")))?;
-    sent.await.map_err(|_| Failure::failed("what sends the images has ended early"))
+    outcome_of.await.map_err(|_| Failure::failed("what sends the images has ended early"))
 }
 
 /// Sends the images and ends the session.

@@ -38,10 +38,9 @@ impl Store {
         let found = self.look(key, |known| {
             let is_own = attempt != 0 && known.is_of(&sender);
             match &known.state {
-                State::Awaited => Some(Withdrawn::Unknown),
                 State::Damaged { .. } if is_own => Some(Withdrawn::Withdrawn),
-                // What an earlier attempt left, too: this one has brought nothing.
-                State::Damaged { .. } => Some(Withdrawn::Unknown),
+                // This attempt has brought nothing; an earlier one may have.
+                State::Awaited | State::Damaged { .. } => Some(Withdrawn::Unknown),
                 _ if !is_own => None,
                 State::Taken(_) => Some(Withdrawn::Taken),
                 State::Whole(_) if known.restores > 0 => Some(Withdrawn::Taken),

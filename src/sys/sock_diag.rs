@@ -1,4 +1,4 @@
-//! What the kernel says of one TCP socket, and of one address: sock_diag(7) and rtnetlink(7).
+//! What the kernel says of one TCP socket, and of one address: `sock_diag(7)` and rtnetlink(7).
 //!
 //! Each question is one request of a fixed size and one answer, which the kernel gives before the request's
 //! send(2) returns, and finds by its hash tables: it costs the same however many connections there are.
@@ -41,7 +41,7 @@ const ANSWER_MAX: usize = 1024;
 /// such socket. `scope` is the interface of a link-local address, else 0. The error is `Unsupported` when the kernel cannot tell
 /// or may not be asked.
 ///
-/// A kernel without tcp_diag has the same answer for every socket as for one that does not exist. So
+/// A kernel without `tcp_diag` has the same answer for every socket as for one that does not exist. So
 /// `present`, the ends of a socket that is known to be there, is asked for until one was found.
 pub fn owner(
     local: SocketAddr,
@@ -114,9 +114,10 @@ fn found(answer: &[u8], local: SocketAddr, remote: SocketAddr) -> io::Result<Opt
     let word = |at: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| answer[at + byte]));
     let ip = |at: usize| {
         let bytes: [u8; 16] = std::array::from_fn(|byte| answer[at + byte]);
-        match i32::from(answer[0]) == i32::from(low(AddressFamily::INET)) {
-            true => IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3])),
-            false => IpAddr::V6(Ipv6Addr::from(bytes)),
+        if i32::from(answer[0]) == i32::from(low(AddressFamily::INET)) {
+            IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))
+        } else {
+            IpAddr::V6(Ipv6Addr::from(bytes))
         }
     };
     let ends =
@@ -157,9 +158,9 @@ fn ask(protocol: Option<Protocol>, kind: u16, body: &[u8]) -> io::Result<Option<
     let kernel = SocketAddrNetlink::new(0, 0);
     sendto(&socket, &request, SendFlags::DONTWAIT, &kernel).map_err(sorted)?;
     let mut answer = vec![0; ANSWER_MAX];
-    let come = recv(&socket, &mut *answer, RecvFlags::DONTWAIT).map_err(sorted)?.0;
-    answer.truncate(come);
-    if come < HEADER_LEN {
+    let len = recv(&socket, &mut *answer, RecvFlags::DONTWAIT).map_err(sorted)?.0;
+    answer.truncate(len);
+    if len < HEADER_LEN {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let body = answer.split_off(HEADER_LEN);

@@ -23,7 +23,7 @@ pub const REGIONS_MAX: usize = 1024;
 
 /// What a cache names in its WELCOME that understands when it is told that memory may have changed.
 pub const MEMORY_MAY_HAVE_CHANGED: &str = "memory-may-have-changed";
-/// The feature of a side that knows SNAPSHOT_WITHDRAW and its answer.
+/// The feature of a side that knows `SNAPSHOT_WITHDRAW` and its answer.
 pub const WITHDRAW: &str = "withdraw";
 /// The features that this version names in its HELLO and WELCOME.
 pub const FEATURES: [&str; 2] = [MEMORY_MAY_HAVE_CHANGED, WITHDRAW];

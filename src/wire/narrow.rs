@@ -1,7 +1,7 @@
 //! Numbers of 32 bits that came with more: protobuf decoders drop the upper half, so that another
 //! snapshot would be meant.
 
-use prost::encoding::{WireType, decode_key, decode_varint, skip_field};
+use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
 use super::generated::Kind;
 
@@ -25,7 +25,7 @@ pub(super) fn too_wide(kind: Kind, mut message: &[u8]) -> Option<u32> {
                 packed
             }
             other => {
-                skip_field(other, field, &mut message, Default::default()).ok()?;
+                skip_field(other, field, &mut message, DecodeContext::default()).ok()?;
                 continue;
             }
         };
@@ -45,14 +45,30 @@ fn is_wide(number: u64) -> bool {
 /// The fields of a kind that are `uint32`.
 fn narrow_fields(kind: Kind) -> &'static [u32] {
     match kind {
-        Kind::Unspecified | Kind::Hello | Kind::Welcome | Kind::Goodbye => &[],
-        Kind::KeepAlive | Kind::PagesForget => &[],
-        Kind::SnapshotBegin | Kind::SnapshotReady | Kind::SnapshotList => &[1],
-        Kind::SnapshotEnd | Kind::SnapshotAck | Kind::SnapshotAbort => &[1],
-        Kind::SnapshotWithdraw | Kind::SnapshotWithdrawn => &[1],
-        Kind::Space | Kind::PageData | Kind::PagesRequest => &[1],
-        Kind::ImageBegin | Kind::ImageReady | Kind::ImageData => &[1, 2],
-        Kind::ImageEnd | Kind::ImageAck | Kind::Region | Kind::Spaces => &[1, 2],
+        Kind::Unspecified
+        | Kind::Hello
+        | Kind::Welcome
+        | Kind::Goodbye
+        | Kind::KeepAlive
+        | Kind::PagesForget => &[],
+        Kind::SnapshotBegin
+        | Kind::SnapshotReady
+        | Kind::SnapshotList
+        | Kind::SnapshotEnd
+        | Kind::SnapshotAck
+        | Kind::SnapshotAbort
+        | Kind::SnapshotWithdraw
+        | Kind::SnapshotWithdrawn
+        | Kind::Space
+        | Kind::PageData
+        | Kind::PagesRequest => &[1],
+        Kind::ImageBegin
+        | Kind::ImageReady
+        | Kind::ImageData
+        | Kind::ImageEnd
+        | Kind::ImageAck
+        | Kind::Region
+        | Kind::Spaces => &[1, 2],
         Kind::Pages => &[1, 4],
         Kind::RegionRequest => &[1, 5],
     }

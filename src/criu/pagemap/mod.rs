@@ -372,7 +372,7 @@ mod tests {
     #[test]
     fn a_record_that_is_too_large_is_not_read() {
         let mut large = image(&[b"\x08\x01"]);
-        put_record(&mut large, &[0; RECORD_MAX + 1]);
+        put_record(&mut large, &vec![0; RECORD_MAX + 1]);
         assert_eq!(
             by_entry(&large).unwrap_err().to_string(),
             "the record at byte 14 has 65537 bytes, more than 65536 are not looked into"
@@ -500,7 +500,9 @@ mod tests {
             prop_assert_eq!(layout.pages_len, payload);
             prop_assert_eq!(&layout.runs.iter().map(|placed| placed.run).collect::<Vec<_>>(), &runs);
             let mut written = Pagemap::new(pages_id).encode();
-            runs.iter().for_each(|run| put_entry(&mut written, *run));
+            for run in &runs {
+                put_entry(&mut written, *run);
+            }
             prop_assert_eq!(written, pagemap.encode());
         }
 

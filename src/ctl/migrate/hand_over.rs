@@ -43,6 +43,7 @@ const ASKED_EVERY: Duration = Duration::from_secs(2);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// The snapshot to hand over.
+#[allow(clippy::unsafe_derive_deserialize)] // of tokio's select! in a method, which upholds nothing of the fields
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in crate::ctl) struct HandOver {
     /// The proxy's control socket.

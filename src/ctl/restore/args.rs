@@ -26,6 +26,7 @@ is restored like that in any case, and the command says so: firewall rules (nfta
 namespace, private memory in huge pages or of a plugin.";
 
 /// `restore`
+#[allow(clippy::struct_excessive_bools)] // Each is an option.
 #[derive(Debug, Args)]
 pub(in crate::ctl) struct Restore {
     /// Restore a snapshot once more that was taken already, because its process does not run
