@@ -129,7 +129,7 @@ impl Held {
         self.ended.get()
     }
 
-    /// Copies what is there, at most 1 MiB bytes, as far as there is room.
+    /// Copies what is there, at most 1 MiB, as far as there is room.
     ///
     /// # Errors
     ///
