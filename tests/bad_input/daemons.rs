@@ -125,7 +125,7 @@ impl Daemon {
         fs::write(&config, lines.collect::<String>()).unwrap();
 
         let mut command = Command::new("sh");
-        command.args(["-c", &format!("{exec} \"$@\""), "sh", binary]);
+        command.args(["-c", &format!("{exec} \"$@\""), "sh"]).arg(tried(binary));
         command.arg("--config").arg(config).arg("--work-dir").arg(dir.path());
         for variable in
             ["JOURNAL_STREAM", "NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC", "LD_LIBRARY_PATH"]
@@ -426,6 +426,13 @@ impl Daemon {
             tokio::time::timeout(SOON, talk).await.expect("the daemon answers")
         })
     }
+}
+
+/// Where a binary of this build is in the build that is tried: this one, unless `CRIU_IMAGE_RELAY_BUILD` names another.
+fn tried(binary: &str) -> PathBuf {
+    let other = std::env::var_os("CRIU_IMAGE_RELAY_BUILD");
+    let other = other.map(|build| Path::new(&build).join(Path::new(binary).file_name().unwrap()));
+    other.unwrap_or_else(|| binary.into())
 }
 
 fn exec_with_files(files: Option<u32>) -> String {

@@ -23,4 +23,5 @@ mod chain;
 mod cuts;
 mod memory;
 mod order;
+mod rounds;
 mod views;
