@@ -46,7 +46,7 @@ use crate::daemon::{Daemon, Sockets, Wanted, journal};
 use crate::metrics;
 use crate::metrics::refusals::Reason;
 use crate::store::pages::release_in_turns;
-use crate::store::{Key, State, Store};
+use crate::store::{Key, State, Store, close_in_background};
 use crate::sys::clock::now_ms;
 use crate::sys::connected::Stream;
 
@@ -288,6 +288,7 @@ impl Daemon for Cache {
             cache.listeners.serve_bound("link", listener, &max_links, serve)?;
         }
         tokio::task::spawn_local(release_in_turns());
+        tokio::task::spawn_local(close_in_background());
         if let Some(connected) = sockets.connected {
             tokio::task::spawn_local(cache.clone().serve_given(connected.register()?));
         }

@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use tokio::sync::Notify;
 
+use super::closing::close;
 use super::pages::{Index, Layer, PageRange, Run};
 use super::quota::Charge;
 use crate::sys::memfd;
@@ -264,6 +265,14 @@ impl Image {
     /// Resolves when its end comes.
     pub async fn ended(&self) {
         self.ended.notified().await;
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if let Bytes::Memfd { file, .. } = &self.bytes {
+            close(file, Some(self.charge.get_mut().take()));
+        }
     }
 }
 

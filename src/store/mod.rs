@@ -15,6 +15,7 @@
 
 mod check;
 mod claim;
+mod closing;
 mod files;
 mod flat_images;
 mod flatten;
@@ -39,6 +40,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 pub use claim::{Claim, Permission, Unavailable};
+pub use closing::close_in_background;
 pub use files::NoFiles;
 pub use image::{Image, Part};
 pub use kept::{Again, Files, Kept, Lost};

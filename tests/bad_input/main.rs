@@ -23,6 +23,7 @@ mod remote;
 mod capture;
 mod capture_waits;
 mod descriptors;
+mod dropping;
 mod gets_at_proxy;
 mod link_at_cache;
 mod link_at_proxy;

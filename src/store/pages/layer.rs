@@ -8,6 +8,7 @@ use std::rc::Rc;
 use super::release::release_hold;
 use super::seen::Seen;
 use super::{PAGE, PageRange};
+use crate::store::closing::close;
 use crate::store::quota::{Charge, Quota};
 use crate::sys::memfd;
 
@@ -137,6 +138,12 @@ impl Layer {
                 charge.give_back(bytes);
             }
         }
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        close(&self.file, self.charge.get_mut().take());
     }
 }
 
