@@ -91,7 +91,7 @@ fn said_of(page: u64) -> Vec<u8> {
     let run = Run::new(page * PAGE_SIZE, 1, contents).unwrap();
     let mut said = Command::Pages { space: TASK, run }.header().encode(Dialect::Long).unwrap();
     if dirty {
-        said.extend([2; PAGE_SIZE as usize]);
+        said.extend([2; 4096]);
     }
     said
 }
