@@ -113,7 +113,7 @@ fn what_a_killed_restore_left_is_named_and_the_snapshot_is_there() {
 }
 
 #[test]
-fn a_restore_waits_on_over_a_restart_of_its_cache_in_mid_pages_and_takes_the_next_one() {
+fn a_restore_outlives_a_restart_of_its_cache_in_mid_pages_and_is_told_that_the_migration_failed() {
     let bed = Bed::up();
     let pid = bed.workload(Host::A, "job", 48);
     let other = bed.workload(Host::A, "other", 32);
@@ -131,16 +131,28 @@ fn a_restore_waits_on_over_a_restart_of_its_cache_in_mid_pages_and_takes_the_nex
     let reached = format!("MESSAGE_ID={QUOTA_REACHED}");
     wait_until("pages wait for room", || !bed.journal(Host::B, &[&reached]).is_empty());
     bed.configure(Host::B, "max-bytes", "\"1G\"");
+    // The migration hears of it when the restore has found the new cache: who comes later has heard nothing, and waits.
+    let proxy = bed.daemon_pid(Host::A);
+    bed.ok(Host::A, &["kill", "-STOP", &proxy]);
     bed.ok(Host::B, &["kill", "-KILL", &cache]);
-    assert!(!failing.wait_with_output().unwrap().status.success());
-    let runs = bed.ask(Host::A, "job", &pid);
-    wait_until("it runs at its source", || bed.ask(Host::A, "job", &pid).counter > runs.counter);
     wait_until("the restore waits again", || state(&bed, "web") == "awaited");
     assert_eq!(unit(&bed, "ActiveState"), "activating");
+    bed.ok(Host::A, &["kill", "-CONT", &proxy]);
+    complains(&failing.wait_with_output().unwrap(), 1, &[&format!("process {pid} runs on here")]);
+    let runs = bed.ask(Host::A, "job", &pid);
+    wait_until("it runs at its source", || bed.ask(Host::A, "job", &pid).counter > runs.counter);
+
+    // The process will not come, so who waits for it need not wait any longer, and is not started again.
+    wait_until("the restore ends", || unit(&bed, "ActiveState") == "failed");
+    let ended = ["ExecMainStatus", "NRestarts"].map(|property| unit(&bed, property));
+    assert_eq!(ended, ["5", "0"]);
     let journal = bed.ok(Host::B, &["journalctl", "-u", UNIT, "-o", "cat"]);
     assert!(journal.contains("the cache has gone, and is waited for"), "{journal}");
+    assert!(journal.contains("its migration failed, and it runs on at the source"), "{journal}");
     assert!(!journal.contains("allow-uids"), "{journal}");
 
+    // What failed is in nobody's way.
+    bed.ok(Host::B, &["systemctl", "start", "--no-block", UNIT]);
     finish(bed.spawn(Host::A, &migration));
     wait_until("the restore ends", || unit(&bed, "ActiveState") != "activating");
     assert_eq!((unit(&bed, "Result"), unit(&bed, "NRestarts")), ("success".into(), "0".into()));
