@@ -8,6 +8,8 @@
 //! replies one connection after the other, so that one peer that does not read would stop all.
 //! Here every connection is a task of its own, with limits on what it may send (`guard.rs`).
 
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -145,6 +147,12 @@ pub struct OpenPages {
     pub attempt: u64,
     /// Whether the socket listens, or is one connection.
     pub listening: bool,
+}
+
+/// A number for an attempt to move a process that no other one has.
+pub fn new_attempt() -> u64 {
+    // Each has keys of its own, at random. Varlink's numbers have a sign, and 0 is none.
+    (RandomState::new().hash_one(std::process::id()) >> 2) | 1
 }
 
 /// An attempt to move a process has failed: the process runs on here.

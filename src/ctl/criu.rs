@@ -2,7 +2,8 @@
 //!
 //! It is not killed in the middle of what it does: its parasite code would be left to clean up after
 //! itself, and network locks would stay. An interrupt takes away what it works with (its page server),
-//! so that it fails and undoes everything by itself. Only a second one kills it.
+//! so that it fails and undoes everything by itself. Only a second one kills it, and a proxy that does not answer any more:
+//! what CRIU waits for would never come.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -82,12 +83,13 @@ impl Run {
     }
 
     /// Runs it with its log in `dir`. At the first interrupt `call_off` begins, which is to make it
-    /// fail; the second one kills it.
+    /// fail; the second one kills it, and so does `hopeless`, when it says why nothing will come of the run.
     pub(super) async fn run(
         &self,
         dir: &Path,
         interrupts: &mut Interrupts,
         call_off: impl Future<Output = ()>,
+        hopeless: impl Future<Output = Failure>,
     ) -> Result<(), Failure> {
         let failed = |error: io::Error| Failure::failed(format!("{}: {error}", dir.display()));
         let output = File::create(dir.join(OUTPUT)).map_err(failed)?;
@@ -96,7 +98,8 @@ impl Run {
         let mut child = command.spawn().map_err(|error| self.not_run(&error))?;
         let mut interrupted = false;
         let mut called_off = false;
-        let mut call_off = pin!(call_off);
+        let mut given_up = None;
+        let (mut call_off, mut hopeless) = (pin!(call_off), pin!(hopeless));
         let status = loop {
             select! {
                 status = child.wait() => break status,
@@ -107,6 +110,10 @@ impl Run {
                     interrupted = true;
                 }
                 () = &mut call_off, if interrupted && !called_off => called_off = true,
+                why = &mut hopeless, if given_up.is_none() => {
+                    terminate(&child);
+                    given_up = Some(why);
+                }
             }
         };
         let status = status.map_err(|error| self.not_run(&error))?;
@@ -115,6 +122,8 @@ impl Run {
             Ok(())
         } else if interrupted {
             Err(Failure::new(Exit::Interrupted, format!("{} was interrupted", self.what)))
+        } else if let Some(why) = given_up {
+            Err(why)
         } else {
             let why = complaints(dir).into_iter().map(|line| format!("\n    {line}"));
             let why: String = why.collect();

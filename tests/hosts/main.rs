@@ -25,6 +25,7 @@ mod drop_ins;
 mod failed_restores;
 mod failures;
 mod figures;
+mod hand_over;
 mod instances;
 mod journal;
 mod limits;

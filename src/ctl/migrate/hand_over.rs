@@ -41,6 +41,8 @@ const WITHDRAWN_WITHIN: Duration = Duration::from_secs(5);
 /// How often the proxy is asked whether it is there, and how long it may take to say so.
 const ASKED_EVERY: Duration = Duration::from_secs(2);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// The same for a CRIU that is sending pages: it cannot be asked to stop, so it gets more time.
+const ANSWERS_CRIU_WITHIN: Duration = Duration::from_secs(10);
 
 /// The snapshot to hand over.
 #[allow(clippy::unsafe_derive_deserialize)] // of tokio's select! in a method, which upholds nothing of the fields
@@ -111,7 +113,7 @@ impl HandOver {
         decision.begin_sending().map_err(failed)?;
         let pushed = select! {
             pushed = self.push() => pushed,
-            why = silence(&self.socket) => Err(why),
+            why = silence(&self.socket, ANSWERS_WITHIN) => Err(why),
             () = decision.called_off() => Err(called_off()),
             () = criu.gone() => Err(Failure::failed("criu has gone")),
         };
@@ -150,21 +152,34 @@ fn called_off() -> Failure {
 }
 
 /// Resolves when the proxy does not answer any more.
-async fn silence(socket: &Path) -> Failure {
+async fn silence(socket: &Path, limit: Duration) -> Failure {
     loop {
         sleep(ASKED_EVERY).await;
-        let answer =
-            timeout(ANSWERS_WITHIN, async { Client::connect(socket).await?.status().await });
-        match answer.await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return error.into(),
-            Err(_) => {
-                return Failure::failed(format!(
-                    "the proxy has not answered for {ANSWERS_WITHIN:?}"
-                ));
-            }
+        match answer(socket, limit).await {
+            Some(Ok(())) => {}
+            Some(Err(failure)) => return failure,
+            None => return silent_for(limit),
         }
     }
+}
+
+/// Resolves when a proxy that is there does not answer while CRIU sends pages to it. One that has gone has closed its
+/// page server, so that CRIU fails by itself.
+pub(super) async fn stands_still(socket: &Path) -> Failure {
+    while answer(socket, ANSWERS_CRIU_WITHIN).await.is_some() {
+        sleep(ASKED_EVERY).await;
+    }
+    silent_for(ANSWERS_CRIU_WITHIN)
+}
+
+/// Whether the proxy can be asked; `None` if it does not answer in time.
+async fn answer(socket: &Path, limit: Duration) -> Option<Result<(), Failure>> {
+    let asked = timeout(limit, async { Client::connect(socket).await?.status().await }).await;
+    asked.ok().map(|answer| Ok(answer.map(drop)?))
+}
+
+fn silent_for(limit: Duration) -> Failure {
+    Failure::failed(format!("the proxy has not answered for {limit:?}"))
 }
 
 /// The CRIU whose script this is. When it has gone nobody waits for the script, and the process runs.
@@ -219,7 +234,7 @@ mod tests {
     #[tokio::test]
     async fn a_proxy_that_is_not_there_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
-        let why = silence(&dir.path().join("control.sock")).await;
+        let why = silence(&dir.path().join("control.sock"), ANSWERS_WITHIN).await;
         assert_eq!(why.exit, Exit::Unreachable);
     }
 }

@@ -1,8 +1,7 @@
 //! A migration under way: rounds, then the final dump.
 
-use std::collections::hash_map::RandomState;
 use std::fs::{self, DirBuilder};
-use std::hash::BuildHasher;
+use std::future::pending;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt;
@@ -16,12 +15,12 @@ use super::args::Migrate;
 use super::beforehand::{rehearse, tracking};
 use super::commands::Commands;
 use super::decision::{Decided, Decision};
-use super::hand_over::HandOver;
+use super::hand_over::{HandOver, stands_still};
 use super::plan::{self, Dirty, Extent, Forecast, Plan, Round, Step};
 use super::report::{self, DumpTold, ForecastTold, Outcome, RoundTold, Summary, ms};
 use super::{memory, this_program};
 use crate::control::model::Withdrawn;
-use crate::control::{Client, ClientError};
+use crate::control::{Client, ClientError, new_attempt};
 use crate::criu::stats::{DumpStats, STATS_DUMP};
 use crate::ctl::criu::Run;
 use crate::ctl::exit::Failure;
@@ -231,7 +230,15 @@ impl<'a> Migration<'a> {
                 _ => _ = self.withdraw("it was called off").await,
             }
         };
-        run.run(dir, interrupts, call_off).await
+        let hopeless = async {
+            let why = stands_still(&self.proxy).await;
+            if Decision::at(self.work_dir.path()).may_have_sent() {
+                // CRIU waits for its script, which comes to an end by itself.
+                return pending().await;
+            }
+            why
+        };
+        run.run(dir, interrupts, call_off, hopeless).await
     }
 
     fn commands(&self) -> Commands<'_> {
@@ -359,12 +366,6 @@ impl<'a> Migration<'a> {
             milliseconds: ms(self.begun.elapsed()),
         }
     }
-}
-
-/// A number that no other attempt has.
-fn new_attempt() -> u64 {
-    // Each has keys of its own, at random. Varlink's numbers have a sign, and 0 is none.
-    (RandomState::new().hash_one(std::process::id()) >> 2) | 1
 }
 
 fn stats(dir: &Path) -> Result<DumpStats, Failure> {

@@ -8,7 +8,7 @@ mod way;
 use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fs;
-use std::future::ready;
+use std::future::{pending, ready};
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::Instant;
@@ -102,7 +102,7 @@ impl CriuRun<'_> {
         let run = criu(self.args, self.way, self.dir, self.pidfile);
         // A restore cannot be called off: it is done in a moment, or fails by itself.
         let restored = tokio::select! {
-            restored = run.run(self.dir, interrupts, ready(())) => restored,
+            restored = run.run(self.dir, interrupts, ready(()), pending()) => restored,
             never = pass_on(listener, self.cache, &self.args.snapshot) => match never {},
         };
         match (restored, self.restored_pid()) {
@@ -164,7 +164,7 @@ impl CriuRun<'_> {
 
 /// Has the cache serve whoever connects: CRIU. Reading does not take the snapshot.
 async fn pass_on(listener: Option<UnixListener>, cache: &Path, id: &str) -> Infallible {
-    let Some(listener) = listener else { return std::future::pending().await };
+    let Some(listener) = listener else { return pending().await };
     loop {
         let passed = async {
             let (socket, _) = listener.accept().await.map_err(|error| {
