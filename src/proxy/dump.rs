@@ -15,7 +15,8 @@ use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::config::ProxySettings;
-use crate::control::model::SnapshotState;
+use crate::control::model::{SnapshotState, Withdrawn};
+use crate::control::new_attempt;
 use crate::criu::capture::{Capture, Outcome};
 use crate::criu::images::{INVENTORY, may_be_lent};
 use crate::daemon::journal;
@@ -117,6 +118,11 @@ pub async fn serve(proxy: &Proxy, socket: UnixStream, peer: Peer, target: Target
             freeze: Rc::new(Freeze::new(requests.socket(), asked, budget)),
             waited: &waited,
             lent: Cell::new(false),
+            attempt: match record.attempt() {
+                0 if !target.of_files => new_attempt(),
+                given => given,
+            },
+            all_said: Cell::new(false),
         };
         let result = dump.run(first, requests).await;
         let why = result.as_ref().err().map(ToString::to_string);
@@ -172,6 +178,10 @@ struct Dump<'a> {
     waited: &'a Waited,
     /// Whether pages are sent without being copied first, because CRIU will wait.
     lent: Cell<bool>,
+    /// Names this dump, so that the cache can give it up, and nothing else, also when it has all of it.
+    attempt: u64,
+    /// Whether the cache may have all of it.
+    all_said: Cell<bool>,
 }
 
 /// The snapshot on its way, once there is a link.
@@ -202,10 +212,35 @@ impl Dump<'_> {
             self.finish(&upload).await
         }
         .await;
-        if let Err(failure) = &result {
-            upload.abort(&failure.to_string()).await;
+        match result {
+            Ok(()) => Ok(()),
+            Err(failure) => {
+                upload.abort(&failure.to_string()).await;
+                // CRIU lets its process go on, as its action script has not heard that the cache has it.
+                let runs_on = self.waited.is_asked() && self.attempt != 0;
+                if runs_on && self.all_said.get() {
+                    return Err(self.withdraw(&failure).await);
+                }
+                Err(failure)
+            }
         }
-        result
+    }
+
+    /// The cache may have everything, or be about to: it is to give that up. Returns why the dump fails, and what is
+    /// known of the cache's copy.
+    async fn withdraw(&self, failure: &Failure) -> Failure {
+        let Target { id, cache, .. } = self.target;
+        let reason = format!("its dump failed, and the process runs on at the source: {failure}");
+        let copy = match self.proxy.withdraw_at_cache(id, self.attempt, &reason, cache).await {
+            Ok(Withdrawn::Withdrawn) => "the cache has dropped its copy".to_owned(),
+            Ok(Withdrawn::Unknown) => "the cache has no copy".to_owned(),
+            Ok(Withdrawn::Taken) => format!(
+                "a restore has taken snapshot {id}: the process may run twice, and one of the two has to go"
+            ),
+            Ok(Withdrawn::Unsaid) => not_known(id, "its version cannot say"),
+            Err(why) => not_known(id, &why),
+        };
+        Failure::Stopped(format!("{failure}; {copy}"))
     }
 
     async fn connect(&self) -> Result<Rc<Upload>, Failure> {
@@ -215,9 +250,7 @@ impl Dump<'_> {
             stopped = self.stopped() => return Err(stopped),
         };
         let Target { id, parent, .. } = self.target;
-        Ok(Rc::new(
-            connection.begin_child(id, parent.as_deref(), false, self.record.attempt()).await,
-        ))
+        Ok(Rc::new(connection.begin_child(id, parent.as_deref(), false, self.attempt).await))
     }
 
     /// Somebody does not want the snapshot any more.
@@ -374,6 +407,7 @@ impl Dump<'_> {
             self.tell_changed(upload);
         }
         let limit = self.settings.link.ack_timeout;
+        self.all_said.set(true);
         tokio::select! {
             finished = upload.finish_marked(changed, limit) => finished,
             stopped = self.stopped() => Err(stopped),
@@ -400,6 +434,13 @@ impl Dump<'_> {
             "the memory in snapshot {id} may have changed before it was copied: {why}; {cache}"
         );
     }
+}
+
+fn not_known(id: &str, why: &str) -> String {
+    format!(
+        "whether the cache has it is not known: {why}; on the destination host: criu-imagectl --cache show {id}; if it \
+         is whole: criu-imagectl --cache drop {id}"
+    )
 }
 
 fn pipe_size(settings: &ProxySettings) -> usize {

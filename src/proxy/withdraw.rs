@@ -35,15 +35,30 @@ impl Proxy {
                 "snapshot {id} is withdrawn: {reason}"
             );
         }
+        let withdrawn = self.withdraw_at_cache(id, *attempt, reason, cache).await?;
+        if withdrawn == Withdrawn::Unsaid && own.is_some_and(|record| record.has_left_pages()) {
+            let connection = self.links.connect(cache, &settings).await?;
+            connection.forget_pages(id).await;
+        }
+        Ok(withdrawn)
+    }
+
+    /// Has the cache give up what came of an attempt.
+    pub(super) async fn withdraw_at_cache(
+        &self,
+        id: &str,
+        attempt: u64,
+        reason: &str,
+        cache: &str,
+    ) -> Result<Withdrawn, String> {
+        let settings = self.settings();
+        let limit = settings.link.ack_timeout;
         for _ in 0..TRIES {
             let connection = self.links.connect(cache, &settings).await?;
             if !connection.withdraws() {
-                if own.is_some_and(|record| record.has_left_pages()) {
-                    connection.forget_pages(id).await;
-                }
                 return Ok(Withdrawn::Unsaid);
             }
-            match timeout(limit, connection.withdraw(id, *attempt, reason)).await {
+            match timeout(limit, connection.withdraw(id, attempt, reason)).await {
                 Ok(Some(Outcome::Withdrawn)) => return Ok(Withdrawn::Withdrawn),
                 Ok(Some(Outcome::Taken)) => return Ok(Withdrawn::Taken),
                 Ok(Some(Outcome::Unknown)) => return Ok(Withdrawn::Unknown),

@@ -4,9 +4,12 @@ use std::io::Write;
 use std::time::Duration;
 
 use criu_image_relay::control::ClientError;
-use criu_image_relay::control::model::SnapshotState;
+use criu_image_relay::control::model::{Snapshot, SnapshotState};
 use criu_image_relay::criu::images::INVENTORY;
-use criu_image_relay::wire::message::{MEMORY_MAY_HAVE_CHANGED, Message, SnapshotAck, SnapshotEnd};
+use criu_image_relay::wire::message::{
+    MEMORY_MAY_HAVE_CHANGED, Message, Outcome, SnapshotAck, SnapshotBegin, SnapshotEnd,
+    SnapshotWithdrawn, WITHDRAW,
+};
 
 use crate::cache_standin::CacheStandin;
 use crate::criu::{Criu, RECORDS};
@@ -184,6 +187,80 @@ fn a_hook_fails_in_plain_words_and_its_snapshot_is_given_up() {
     dump.write("core-7.img", RECORDS);
     dump.write(INVENTORY, RECORDS);
     let why = refused(Duration::from_millis(300));
-    assert_eq!(why, "CRIU's action script has waited 300ms for the cache");
+    let waited = "CRIU's action script has waited 300ms for the cache; whether the cache has it is not known";
+    assert!(why.starts_with(waited), "{why}");
     dump.assert_closed();
+}
+
+/// All of a dump whose action script waits, for 300 ms.
+fn hooked_dump(proxy: &Daemon) -> Criu {
+    proxy.control(async |client| client.expect_dump(criu_pid()).await).unwrap();
+    let mut dump = Criu::dump(proxy);
+    dump.write("core-7.img", RECORDS);
+    dump.write(INVENTORY, RECORDS);
+    dump
+}
+
+fn hook_fails(proxy: &Daemon) -> String {
+    let limit = Duration::from_millis(300);
+    match proxy.control(async |client| client.finish_dump(criu_pid(), limit).await) {
+        Err(ClientError::Refused(why)) => why,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_hook_that_fails_when_all_was_sent_has_the_cache_give_up_that_dump() {
+    for (outcome, told) in [
+        (Outcome::Withdrawn, "the cache has dropped its copy"),
+        (Outcome::Unknown, "the cache has no copy"),
+        (Outcome::Taken, "the process may run twice"),
+    ] {
+        let cache = CacheStandin::listen();
+        let proxy = Daemon::proxy(cache.address(), &[]);
+        let dump = hooked_dump(&proxy);
+        let mut link = cache.welcome_with(&[WITHDRAW]);
+        std::thread::scope(|scope| {
+            let hook = scope.spawn(|| hook_fails(&proxy));
+            let (mut begun, mut all_said) = (SnapshotBegin::default(), false);
+            let withdraw = loop {
+                match link.receive().expect("the link goes on").0 {
+                    Message::SnapshotBegin(begin) => begun = begin,
+                    Message::SnapshotEnd(end) => all_said = end.complete,
+                    Message::SnapshotWithdraw(withdraw) => break withdraw,
+                    _ => {}
+                }
+            };
+            assert!(all_said && begun.attempt != 0, "{begun:?}");
+            assert_eq!((&withdraw.id, withdraw.attempt), (&begun.id, begun.attempt));
+            let (request, outcome) = (withdraw.request, outcome.into());
+            link.send(&Message::SnapshotWithdrawn(SnapshotWithdrawn { request, outcome }));
+            let why = hook.join().unwrap();
+            assert!(why.contains("has waited 300ms") && why.contains(told), "{why}");
+        });
+        drop(dump);
+    }
+}
+
+#[test]
+fn what_a_failed_hook_sent_becomes_no_second_copy_at_a_cache_that_goes_on_later() {
+    let hosts = Hosts::start();
+    // The link is up.
+    let before = hooked_dump(&hosts.proxy);
+    let finish = hosts.proxy.control(async |client| client.finish_dump(criu_pid(), LONG).await);
+    let before = (before, finish.unwrap().id);
+    hosts.cache.pause();
+    let dump = hooked_dump(&hosts.proxy);
+    let why = hook_fails(&hosts.proxy);
+    assert!(why.contains("the cache has not acknowledged it within 300ms"), "{why}");
+    hosts.cache.go_on();
+    let list = || hosts.cache.control(async |client| client.list().await).unwrap();
+    assert!(eventually(|| {
+        list().iter().any(|snapshot| snapshot.reason.contains("runs on at the source"))
+    }));
+    for Snapshot { id, state, .. } in list() {
+        let other = id == before.1;
+        assert_eq!(state, if other { SnapshotState::Whole } else { SnapshotState::Damaged });
+    }
+    drop((before, dump));
 }
