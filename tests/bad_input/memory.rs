@@ -225,7 +225,7 @@ fn a_hook_that_fails_when_all_was_sent_has_the_cache_give_up_that_dump() {
             let (mut begun, mut all_said) = (SnapshotBegin::default(), false);
             let withdraw = loop {
                 match link.receive().expect("the link goes on").0 {
-                    Message::SnapshotBegin(begin) => begun = begin,
+                    Message::SnapshotBegin(said) => begun = said,
                     Message::SnapshotEnd(end) => all_said = end.complete,
                     Message::SnapshotWithdraw(withdraw) => break withdraw,
                     _ => {}
