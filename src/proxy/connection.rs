@@ -3,8 +3,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
+use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
 
 use super::outgoing::{Command, send};
 use super::regions::{Answered, Regions};
@@ -73,6 +76,10 @@ pub struct Connection {
     closed: Cell<bool>,
     /// Whether the cache keeps of a snapshot that its memory may have changed.
     keeps_marks: Cell<bool>,
+    /// How much the cache has said, without its KEEP_ALIVE.
+    answers: Cell<u64>,
+    /// An answer is overdue, and no other has come meanwhile.
+    unanswered: Notify,
 }
 
 impl Connection {
@@ -91,6 +98,10 @@ impl Connection {
             tokio::select! {
                 over = receive(reader, &shared, owe) => over,
                 over = send(writer, queue, owed, &settings) => over,
+                () = shared.unanswered.notified() => {
+                    let limit = settings.ack_timeout;
+                    Over::ended(format!("the cache has answered nothing for {limit:?}"))
+                }
             }
         };
         (connection, over)
@@ -109,6 +120,8 @@ impl Connection {
             withdraws: Cell::new(false),
             closed: Cell::new(false),
             keeps_marks: Cell::new(false),
+            answers: Cell::new(0),
+            unanswered: Notify::new(),
         });
         (connection, queue)
     }
@@ -223,6 +236,22 @@ impl Connection {
     /// Whether the cache keeps of a snapshot that its memory may have changed.
     pub(super) fn keeps_marks(&self) -> bool {
         self.keeps_marks.get()
+    }
+
+    /// Waits for an answer of the cache, for `link.ack-timeout`. A cache that answers nobody for that long is
+    /// stuck, though it may say KEEP_ALIVE: the link ends, and who needs one next gets another. One that waits
+    /// for its quota gives up before that, and says so.
+    pub(super) async fn within<T>(
+        &self,
+        limit: Duration,
+        answer: impl Future<Output = T>,
+    ) -> Result<T, Elapsed> {
+        let before = self.answers.get();
+        let answer = timeout(limit, answer).await;
+        if answer.is_err() && self.answers.get() == before {
+            self.unanswered.notify_one();
+        }
+        answer
     }
 
     /// Whether it is over.
@@ -358,6 +387,9 @@ async fn receive_one(
     let (message, len) = reader.receive().await?;
     let said =
         said(message).map_err(|bad| Over::fault(format!("the cache broke the protocol: {bad}")))?;
+    if !matches!(said, Said::Nothing) {
+        connection.answers.set(connection.answers.get() + 1);
+    }
     match said {
         Said::Region(region) => {
             let bytes = reader.payload_to_memory(len).await?;

@@ -3,7 +3,6 @@
 use std::rc::Rc;
 
 use rustix::io::Errno;
-use tokio::time::timeout;
 
 use super::Proxy;
 use super::pages::Target;
@@ -73,7 +72,8 @@ impl Pages<'_> {
         let connect = self.proxy.links.connect(&self.target.cache, &self.settings);
         let connection = connect.await.map_err(NotGiven::Lost)?;
         let limit = self.settings.link.ack_timeout;
-        let answer = timeout(limit, connection.pages(&self.target.id, space, range)).await;
+        let answer =
+            connection.within(limit, connection.pages(&self.target.id, space, range)).await;
         let answer = answer
             .map_err(|_| NotGiven::Lost(format!("the cache did not answer within {limit:?}")))?
             .ok_or_else(|| NotGiven::Lost("the link to the cache broke".to_owned()))?;

@@ -6,7 +6,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::timeout;
 
 use super::connection::Connection;
 use super::failure::Failure;
@@ -33,8 +32,7 @@ impl Round {
         limit: Duration,
     ) -> Result<Round, Failure> {
         let upload = connection.begin_round(id, parent, attempt).await;
-        let ready = timeout(limit, upload.ready()).await;
-        ready.map_err(|_| Failure::unanswered(limit))??;
+        upload.ready(limit).await?;
         let parents = connection.take_spaces(upload.snapshot);
         Ok(Round { upload, parents })
     }

@@ -6,7 +6,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::timeout;
 
 use super::connection::Connection;
 use super::failure::Failure;
@@ -87,7 +86,12 @@ impl Upload {
     }
 
     /// Waits until the cache has accepted the snapshot and its entries in lists.
-    pub(super) async fn ready(&self) -> Result<(), Failure> {
+    pub(super) async fn ready(&self, limit: Duration) -> Result<(), Failure> {
+        let accepted = self.connection.within(limit, self.accepted()).await;
+        accepted.unwrap_or_else(|_| Err(Failure::unanswered(limit)))
+    }
+
+    async fn accepted(&self) -> Result<(), Failure> {
         let asked = self.asked.get();
         let mut ready = self.ready.clone();
         tokio::select! {
@@ -221,7 +225,7 @@ impl Upload {
             return Err(lost(early));
         }
         self.end_marked(partial, memory_may_have_changed).await;
-        match timeout(limit, self.fate()).await {
+        match self.connection.within(limit, self.fate()).await {
             Err(_) => Err(Failure::Lost(format!("no acknowledgement within {limit:?}"))),
             Ok(Fate::Acknowledged { images, bytes }) if (images, bytes) == sent => Ok(()),
             Ok(Fate::Acknowledged { images, bytes }) => Err(Failure::Lost(format!(
@@ -343,7 +347,7 @@ mod tests {
             connection.close("it broke");
         });
         assert!(matches!(begun.fate().await, Fate::Lost(_)));
-        assert!(begun.ready().await.is_err());
+        assert!(begun.accepted().await.is_err());
         assert_eq!(kept.fate().await, Fate::Lost("it broke".to_owned()));
     }
 }

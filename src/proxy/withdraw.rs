@@ -58,7 +58,8 @@ impl Proxy {
             if !connection.withdraws() {
                 return Ok(Withdrawn::Unsaid);
             }
-            match timeout(limit, connection.withdraw(id, attempt, reason)).await {
+            let answer = connection.withdraw(id, attempt, reason);
+            match connection.within(limit, answer).await {
                 Ok(Some(Outcome::Withdrawn)) => return Ok(Withdrawn::Withdrawn),
                 Ok(Some(Outcome::Taken)) => return Ok(Withdrawn::Taken),
                 Ok(Some(Outcome::Unknown)) => return Ok(Withdrawn::Unknown),

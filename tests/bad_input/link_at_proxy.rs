@@ -6,11 +6,11 @@ use std::io::Write;
 
 use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::wire::frame;
-use criu_image_relay::wire::message::{KeepAlive, Message, SnapshotAck, Welcome};
+use criu_image_relay::wire::message::{KeepAlive, Message, SnapshotAck, SnapshotReady, Welcome};
 
 use crate::cache_standin::{CacheStandin, receive_until, receive_whole};
 use crate::criu::{Criu, RECORDS, assert_unread};
-use crate::daemons::{Daemon, Settings};
+use crate::daemons::{Daemon, Settings, eventually};
 use crate::hosts::Bystander;
 use crate::link::Link;
 
@@ -253,6 +253,49 @@ fn an_acknowledgement_that_does_not_come_in_time_is_not_waited_for() {
     let cause = "no acknowledgement within 200ms";
     stage.proxy.assert_log(&["WARN", "snapshot web damaged", &Criu::peer(), cause]);
     assert!(stage.proxy.assert_state("web", SnapshotState::Damaged).contains(cause));
+    stage.bystander.finish();
+}
+
+#[test]
+fn a_cache_that_only_keeps_its_link_alive_loses_it() {
+    let stage = Stage::set(&[("link.ack-timeout", "\"300ms\"")]);
+    let (mut dump, mut link, number) = stage.dump_and_link();
+    dump.open.write_all(&RECORDS[10..]).unwrap();
+    drop(dump.open);
+    dump.criu.complete();
+    receive_end(&mut link, number);
+    let closed = || !link.try_send(&Message::KeepAlive(KeepAlive {}));
+    assert!(eventually(closed), "the proxy keeps a link that answers nothing");
+    let address = stage.standin.address().to_string();
+    let cause = "the cache has answered nothing for 300ms";
+    stage.proxy.assert_log(&["link to", &address, cause]);
+    assert!(stage.proxy.status().links.iter().any(|link| !link.up && link.why == cause));
+    let mut fresh = Criu::in_dir_of("fresh", &stage.proxy);
+    fresh.write("core-7.img", RECORDS);
+    fresh.complete();
+    receive_whole(&mut stage.standin.welcome());
+    stage.proxy.assert_log(&["snapshot fresh sent"]);
+    stage.bystander.finish();
+}
+
+#[test]
+fn an_answer_that_is_overdue_alone_leaves_the_link_to_others() {
+    let stage = Stage::set(&[("link.ack-timeout", "\"1s\"")]);
+    let (mut dump, mut link, number) = stage.dump_and_link();
+    let other = stage.dump("other");
+    let other_number = receive_until(&mut link, |message| matches!(message, Message::ImageData(_)));
+    dump.open.write_all(&RECORDS[10..]).unwrap();
+    drop(dump.open);
+    dump.criu.complete();
+    receive_end(&mut link, number);
+    link.send(&Message::SnapshotReady(SnapshotReady { snapshot: other_number }));
+    stage.proxy.assert_log(&["snapshot web damaged", "no acknowledgement within 1s"]);
+    let Dump { criu, mut open } = other;
+    open.write_all(&RECORDS[10..]).unwrap();
+    drop(open);
+    criu.complete();
+    acknowledge(&mut link, other_number, 2, 24);
+    stage.proxy.assert_log(&["snapshot other sent"]);
     stage.bystander.finish();
 }
 

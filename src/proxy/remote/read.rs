@@ -12,6 +12,7 @@ use crate::criu::remote::{Reply, errno_of};
 use crate::daemon::remote::{BadClient, Client};
 use crate::proxy::Proxy;
 use crate::proxy::connection::Connection;
+use crate::proxy::failure::Failure;
 use crate::sys::pipe::DEFAULT_CAPACITY;
 use crate::wire::message::REGION_MAX;
 
@@ -26,6 +27,8 @@ pub(super) struct Found {
     name: String,
     size: u64,
     first: Vec<u8>,
+    /// How long the cache may take to answer.
+    limit: Duration,
 }
 
 /// Finds an image, or a list.
@@ -33,9 +36,10 @@ pub(super) async fn find(proxy: &Proxy, snapshot: &str, name: &str) -> Result<Fo
     let settings = proxy.settings();
     let cache = proxy.links.destination(&settings);
     let connection = proxy.links.connect(&cache, &settings).await.map_err(no_link)?;
-    let (size, first) = piece(&connection, snapshot, name, 0).await?;
+    let limit = settings.link.ack_timeout;
+    let (size, first) = piece(&connection, snapshot, name, 0, limit).await?;
     let (snapshot, name) = (snapshot.to_owned(), name.to_owned());
-    Ok(Found { connection, snapshot, name, size, first })
+    Ok(Found { connection, snapshot, name, size, first, limit })
 }
 
 impl Found {
@@ -68,7 +72,7 @@ impl Found {
             if sent >= self.size || bytes.is_empty() {
                 return Ok(());
             }
-            let next = piece(&self.connection, &self.snapshot, &self.name, sent).await;
+            let next = piece(&self.connection, &self.snapshot, &self.name, sent, self.limit).await;
             let (size, next) = next.map_err(|refusal| io::Error::other(refusal.reason))?;
             if size != self.size {
                 let why = format!("image {} was replaced while it was read", self.name);
@@ -85,8 +89,11 @@ async fn piece(
     snapshot: &str,
     name: &str,
     offset: u64,
+    limit: Duration,
 ) -> Result<(u64, Vec<u8>), Refusal> {
-    let answer = connection.region(snapshot, name, offset, PIECE).await;
+    let answer = connection.region(snapshot, name, offset, PIECE);
+    let answer = connection.within(limit, answer).await;
+    let answer = answer.map_err(|_| no_link(Failure::unanswered(limit).to_string()))?;
     let (region, bytes) = answer.ok_or_else(|| no_link("the link to the cache broke"))?;
     match region.error {
         0 if bytes.len() as u64 > region.size.saturating_sub(offset) => {

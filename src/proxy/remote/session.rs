@@ -4,7 +4,6 @@ use std::rc::Rc;
 
 use rustix::io::Errno;
 use tokio::net::UnixStream;
-use tokio::time::timeout;
 use tracing::Instrument;
 
 use super::read::Found;
@@ -240,8 +239,7 @@ impl Session {
                 let upload = snapshot.upload(&self.proxy).await?;
                 upload.list(list).await;
                 if acknowledge {
-                    let ready = timeout(limit, upload.ready()).await;
-                    ready.unwrap_or_else(|_| Err(Failure::unanswered(limit)))?;
+                    upload.ready(limit).await?;
                 }
                 Ok::<_, Failure>(())
             };

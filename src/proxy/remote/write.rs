@@ -134,7 +134,8 @@ async fn hear(
         }
         Err(lost(upload.fate().await))
     };
-    timeout(limit, heard).await.unwrap_or_else(|_| Err(Failure::unanswered(limit)))
+    let heard = upload.connection.within(limit, heard).await;
+    heard.unwrap_or_else(|_| Err(Failure::unanswered(limit)))
 }
 
 fn damaged(name: &str, bad: BadClient) -> Failure {
