@@ -17,7 +17,7 @@ use crate::store::Sender;
 use crate::sys::clock::host_name;
 use crate::sys::connected::Stream;
 use crate::wire::frame::BadFrame;
-use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
+use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Reader, Writer};
 use crate::wire::message::{FEATURES, Message, Welcome};
 use crate::wire::receiver::{Limits, Violation};
 
@@ -25,14 +25,26 @@ use super::Cache;
 use super::answers::Answers;
 use super::incoming::Incoming;
 
-/// More than an unprivileged user is granted is not asked for.
-const PIPES: Pipes = Pipes { incoming: 1 << 20, outgoing: DEFAULT_CAPACITY };
+/// The pipe for what comes: more than an unprivileged user is granted is not asked for.
+const INCOMING: usize = 1 << 20;
+/// So many connections at once may be without a link: they have not introduced themselves, or wait for one of
+/// `link.max` to end. When there are more, the one that came first is closed.
+const STRANGERS: usize = 1024;
 /// Snapshots under way at once on one link.
 const SNAPSHOTS: usize = 1024;
 /// Answers that a peer has not read yet.
 const ANSWERS: usize = 4 * SNAPSHOTS;
 /// How long a peer may take to hear why its link ends.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Who has made a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// Whoever came to the socket: one of `link.max`.
+    Anyone,
+    /// Whoever started the cache: there is one.
+    Given,
+}
 
 /// Why a link ends.
 #[derive(Debug, thiserror::Error)]
@@ -75,32 +87,46 @@ impl Over {
 
 /// Serves one link until it ends. Returns whether nothing was lost with it, and the peer was not to
 /// blame for its end.
-pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
+pub(super) async fn serve(cache: &Cache, stream: Stream, whose: Whose) -> bool {
     let address = stream.peer();
     let span = tracing::error_span!("link", criu_peer = %address);
     async {
         let settings = cache.settings();
-        // Whoever is refused hears so after its HELLO: what lies unread when a connection is closed takes
-        // the last word with it.
-        let admitted = admit_stream(&stream, &settings.allow_uids, settings.insecure).await;
-        let (mut reader, mut writer) = match lane::split(stream, PIPES, settings.link.keep_alive) {
-            Ok(halves) => halves,
-            Err(error) => {
-                tracing::warn!(
-                    message_id = journal::CANNOT_SERVE,
-                    criu_reason = %error,
-                    "a link from {address} cannot be served: {error}"
-                );
+        let strangers = &cache.links.strangers;
+        if strangers.live() >= STRANGERS {
+            strangers.turn_out_oldest();
+        }
+        let mut stranger = strangers.enter();
+        let greet = async {
+            // Whoever is refused hears so after its HELLO: what lies unread when a connection is closed takes
+            // the last word with it.
+            let admitted = admit_stream(&stream, &settings.allow_uids, settings.insecure).await;
+            let (mut reader, mut writer) = lane::split(stream, settings.link.keep_alive);
+            let hello = match admitted {
+                Ok(()) => hello(&settings, &mut reader, &mut writer).await,
+                Err(why) => Err(turn_away(&mut reader, &mut writer, why).await),
+            };
+            match hello {
+                Ok(name) => tokio::select! {
+                    biased;
+                    permit = cache.links.permit(whose) => Ok((name, permit, reader, writer)),
+                    () = reader.hung_up() => Err((LaneError::Closed.into(), writer)),
+                },
+                Err(over) => Err((over, writer)),
+            }
+        };
+        let greeted = tokio::select! {
+            greeted = greet => greeted,
+            () = stranger.turned_out() => {
+                cache.figures.refusals.count(Reason::Stalled);
+                tracing::debug!("a link from {address} makes way for others that came later");
                 return false;
             }
         };
-        let greeted = match admitted {
-            Ok(()) => welcome(&settings, &mut reader, &mut writer).await,
-            Err(why) => Err(turn_away(&mut reader, &mut writer, why).await),
-        };
-        let name = match greeted {
-            Ok(name) => name,
-            Err(over) => {
+        drop(stranger);
+        let (name, _permit, reader, writer) = match greeted {
+            Ok(greeted) => greeted,
+            Err((over, mut writer)) => {
                 farewell(&mut writer, &over).await;
                 cache.figures.refusals.count(over.reason());
                 let message_id = match &over {
@@ -115,6 +141,24 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
                 return !over.is_fault();
             }
         };
+        let pipes = reader
+            .with_pipe(INCOMING)
+            .and_then(|reader| Ok((reader, writer.with_pipe(DEFAULT_CAPACITY)?)));
+        let (reader, mut writer) = match pipes {
+            Ok(halves) => halves,
+            Err(error) => {
+                tracing::warn!(
+                    message_id = journal::CANNOT_SERVE,
+                    criu_reason = %error,
+                    "a link from {address} cannot be served: {error}"
+                );
+                return false;
+            }
+        };
+        let features = FEATURES.map(str::to_owned).to_vec();
+        let welcome = Message::Welcome(Welcome { name: host_name(), features });
+        // It fits into the buffers of a new connection. One that is gone is noticed below.
+        let _ = timeout(FAREWELL, writer.send(&welcome)).await;
         let outages = cache.links.outages_of(&name, address.host());
         let peer = format!("{name} ({address})");
         let _up = cache.links.add(&peer);
@@ -126,11 +170,11 @@ pub(super) async fn serve(cache: &Cache, stream: Stream) -> bool {
     .await
 }
 
-/// The handshake. Returns the peer's name for itself.
-async fn welcome(
+/// The peer introduces itself. Returns its name for itself.
+async fn hello(
     settings: &CacheSettings,
-    reader: &mut Reader,
-    writer: &mut Writer,
+    reader: &mut Reader<()>,
+    writer: &mut Writer<()>,
 ) -> Result<String, Over> {
     let limit = settings.link.hello_timeout;
     let greeting = async {
@@ -142,9 +186,6 @@ async fn welcome(
             let kind = message.kind().as_str_name();
             return Err(Over::Refused(Reason::Protocol, format!("a {kind} instead of a HELLO")));
         };
-        let features = FEATURES.map(str::to_owned).to_vec();
-        let welcome = Welcome { name: host_name(), features };
-        writer.send(&Message::Welcome(welcome)).await.map_err(LaneError::from)?;
         Ok(printable(&hello.name))
     };
     timeout(limit, greeting).await.unwrap_or_else(|_| {
@@ -153,7 +194,7 @@ async fn welcome(
 }
 
 /// Waits a moment for the HELLO of a peer that may not connect, so that it hears why.
-async fn turn_away(reader: &mut Reader, writer: &mut Writer, why: NotAdmitted) -> Over {
+async fn turn_away(reader: &mut Reader<()>, writer: &mut Writer<()>, why: NotAdmitted) -> Over {
     let greeting = async {
         writer.send_preface().await.map_err(LaneError::from)?;
         reader.receive_preface().await?;
@@ -172,7 +213,7 @@ fn printable(name: &str) -> String {
 }
 
 /// Tells the peer why, if it is to blame; it may be gone.
-async fn farewell(writer: &mut Writer, over: &Over) {
+async fn farewell<P>(writer: &mut Writer<P>, over: &Over) {
     if over.is_fault() {
         // A peer that does not speak the protocol is not spoken to.
         if matches!(over, Over::Lane(LaneError::Frame(BadFrame::Preface(_)))) {

@@ -28,9 +28,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::net::UnixStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config::CacheSettings;
 use crate::control::model::{LinkStatus, SnapshotState};
@@ -39,6 +41,7 @@ use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::accept::{Listeners, permits};
 use crate::daemon::given::GivenLink;
 use crate::daemon::handed_over::into_tokio;
+use crate::daemon::idlers::Idlers;
 use crate::daemon::outages::Outages;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
@@ -80,7 +83,7 @@ impl Cache {
     fn new(settings: CacheSettings) -> Rc<Cache> {
         Rc::new(Cache {
             store: Store::new(settings.store.clone()),
-            links: Links::default(),
+            links: Links::new(settings.link.max),
             restores: Sessions::default(),
             serving: Sessions::default(),
             listeners: Listeners::default(),
@@ -118,7 +121,7 @@ impl Cache {
 
     /// Serves one proxy.
     async fn serve_link(self: Rc<Self>, stream: Stream) {
-        let _ = link::serve(&self, stream).await;
+        let _ = link::serve(&self, stream, link::Whose::Anyone).await;
     }
 
     /// Brings the pages of a whole snapshot together, in steps and if a restore from a view is to come.
@@ -137,14 +140,18 @@ impl Cache {
 
     /// Serves the one proxy that is connected already.
     async fn serve_given(self: Rc<Self>, stream: Stream) {
-        let well = link::serve(&self, stream).await;
+        let well = link::serve(&self, stream, link::Whose::Given).await;
         self.given.ended(well);
     }
 }
 
 /// The links that are up.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Links {
+    /// One for each link that may be up.
+    permits: Arc<Semaphore>,
+    /// Connections that are no links yet.
+    strangers: Idlers,
     peers: RefCell<Vec<Rc<LinkStatus>>>,
     busy: Sessions,
     /// What was told of each proxy's links.
@@ -158,6 +165,25 @@ type Proxy = (String, Option<IpAddr>);
 const OUTAGES: usize = 256;
 
 impl Links {
+    fn new(max: u64) -> Links {
+        Links {
+            permits: permits(max),
+            strangers: Idlers::default(),
+            peers: RefCell::default(),
+            busy: Sessions::default(),
+            outages: RefCell::default(),
+        }
+    }
+
+    /// Waits until one more link may be up; one that was given always may.
+    async fn permit(&self, whose: link::Whose) -> Option<OwnedSemaphorePermit> {
+        match whose {
+            // The semaphore is never closed.
+            link::Whose::Anyone => self.permits.clone().acquire_owned().await.ok(),
+            link::Whose::Given => None,
+        }
+    }
+
     fn add(&self, peer: &str) -> UpLink<'_> {
         let status =
             Rc::new(LinkStatus { peer: peer.to_owned(), up: true, why: "connected".to_owned() });
@@ -250,7 +276,6 @@ impl Daemon for Cache {
     fn start(settings: CacheSettings, sockets: Sockets) -> io::Result<Rc<Cache>> {
         let max = permits(settings.sessions.max);
         let max_readers = permits(settings.sessions.max);
-        let max_links = permits(settings.link.max);
         let max_clients = permits(settings.remote.max);
         let max_scrapes = permits(metrics::CLIENTS_MAX);
         let cache = Cache::new(settings);
@@ -285,7 +310,8 @@ impl Daemon for Cache {
         for listener in sockets.link {
             let serving = cache.clone();
             let serve = move |stream| serving.clone().serve_link(stream);
-            cache.listeners.serve_bound("link", listener, &max_links, serve)?;
+            // A permit is for those that have introduced themselves.
+            cache.listeners.serve_bound("link", listener, &permits(u64::MAX), serve)?;
         }
         tokio::task::spawn_local(release_in_turns());
         tokio::task::spawn_local(close_in_background());

@@ -24,6 +24,7 @@ use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
 use super::{Backend, DESCRIPTION, INTERFACE, Open, OpenPages, Reading, Refusal, Withdraw};
 use crate::criu::names::check_id;
+use crate::daemon::idlers::Idlers;
 use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
 
@@ -69,6 +70,8 @@ enum Ended {
     Gone,
     #[error("nothing was asked for {IDLE:?}")]
     Idle,
+    #[error("others want its place, and it has called nothing for longest")]
+    MadeWay,
     #[error("a reply was not read for {UNREAD:?}")]
     Unread,
     #[error("{0}")]
@@ -85,9 +88,15 @@ impl From<zlink::Error> for Ended {
 }
 
 /// Answers a peer's calls until it goes. A fault of the peer's ends this conversation only.
-pub(super) async fn converse<B: Backend>(stream: UnixStream, peer: Peer, backend: Rc<B>) {
+/// While it calls nothing, it is among the `idlers`.
+pub(super) async fn converse<B: Backend>(
+    stream: UnixStream,
+    peer: Peer,
+    backend: Rc<B>,
+    idlers: Idlers,
+) {
     let serve = async {
-        match Conversation::run(stream, peer, &*backend).await {
+        match Conversation::run(stream, peer, &*backend, &idlers).await {
             Ended::Fault(error) => warn!(
                 message_id = journal::PROTOCOL_ERROR,
                 criu_reason = %error,
@@ -103,15 +112,16 @@ struct Conversation<'b, B> {
     connection: Connection<Guarded>,
     peer: Peer,
     backend: &'b B,
+    idlers: &'b Idlers,
 }
 
 impl<B: Backend> Conversation<'_, B> {
-    async fn run(stream: UnixStream, peer: Peer, backend: &B) -> Ended {
+    async fn run(stream: UnixStream, peer: Peer, backend: &B, idlers: &Idlers) -> Ended {
         let connection = match zlink::unix::Stream::try_from(stream) {
             Ok(stream) => Connection::new(Guarded(stream)),
             Err(error) => return error.into(),
         };
-        let mut conversation = Conversation { connection, peer, backend };
+        let mut conversation = Conversation { connection, peer, backend, idlers };
         loop {
             if let Err(ended) = conversation.next().await {
                 return ended;
@@ -120,8 +130,16 @@ impl<B: Backend> Conversation<'_, B> {
     }
 
     async fn next(&mut self) -> Result<(), Ended> {
-        let call = timeout(IDLE, self.connection.receive_call::<Incoming>());
-        let (call, descriptors) = call.await.map_err(|_| Ended::Idle)??;
+        let mut idler = self.idlers.enter();
+        let (call, descriptors) = tokio::select! {
+            // A call that has come is answered.
+            biased;
+            call = timeout(IDLE, self.connection.receive_call::<Incoming>()) => {
+                call.map_err(|_| Ended::Idle)??
+            }
+            () = idler.turned_out() => return Err(Ended::MadeWay),
+        };
+        drop(idler);
         let outcome = match call.method().method.as_str() {
             method::WATCH if call.more() => return self.watch(&call).await,
             method::WATCH => Err(ServiceError::ExpectedMore.into()),

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod fd_store;
 pub mod given;
 pub mod handed_over;
+pub mod idlers;
 pub mod journal;
 pub mod local_peers;
 mod logging;

@@ -2,7 +2,7 @@
 
 use crate::config::ProxySettings;
 use crate::sys::connected::Stream;
-use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Pipes, Reader, Writer};
+use crate::wire::lane::{self, DEFAULT_CAPACITY, LaneError, Reader, Writer};
 use crate::wire::message::{FEATURES, Hello, Message, Welcome};
 
 /// Why there is no link on a connection.
@@ -30,9 +30,9 @@ pub(super) async fn greet(
     settings: &ProxySettings,
 ) -> Result<(Reader, Writer, Welcome), NotGreeted> {
     let outgoing = usize::try_from(settings.link.max_chunk).unwrap_or(usize::MAX);
-    let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing };
-    let (mut reader, mut writer) =
-        lane::split(stream, pipes, settings.link.keep_alive).map_err(LaneError::from)?;
+    let (reader, writer) = lane::split(stream, settings.link.keep_alive);
+    let mut reader = reader.with_pipe(DEFAULT_CAPACITY).map_err(LaneError::from)?;
+    let mut writer = writer.with_pipe(outgoing).map_err(LaneError::from)?;
     let features = FEATURES.map(str::to_owned).to_vec();
     let hello = Message::Hello(Hello { name: name.to_owned(), features });
     writer.send_preface().await.map_err(LaneError::from)?;

@@ -65,32 +65,30 @@ impl LaneError {
     }
 }
 
-/// The sizes in bytes of the pipes through which payload passes in each direction. A direction that
-/// carries none needs no more than [`DEFAULT_CAPACITY`].
-#[derive(Debug, Clone, Copy)]
-pub struct Pipes {
-    /// Towards this side.
-    pub incoming: usize,
-    /// Towards the peer.
-    pub outgoing: usize,
-}
-
-/// Splits a connection into its two directions. Both sides send a sign of life every `keep_alive`.
-pub fn split(stream: Stream, pipes: Pipes, keep_alive: Duration) -> io::Result<(Reader, Writer)> {
+/// Splits a connection into its two directions, for messages without payload at first. Both sides send a sign of
+/// life every `keep_alive`.
+pub fn split(stream: Stream, keep_alive: Duration) -> (Reader<()>, Writer<()>) {
     let patience = keep_alive * SILENT_INTERVALS;
     let stream = Arc::new(stream);
-    let reader = Reader { stream: stream.clone(), pipe: Pipe::new(pipes.incoming)?, patience };
-    Ok((reader, Writer { stream, pipe: Pipe::new(pipes.outgoing)? }))
+    (Reader { stream: stream.clone(), pipe: (), patience }, Writer { stream, pipe: () })
 }
 
-/// The outgoing direction.
+/// The outgoing direction, and the pipe through which payload passes, once there is one.
 #[derive(Debug)]
-pub struct Writer {
+pub struct Writer<P = Pipe> {
     stream: Arc<Stream>,
-    pipe: Pipe,
+    pipe: P,
 }
 
-impl Writer {
+impl Writer<()> {
+    /// Makes it one for payload, too, through a pipe of so many bytes. A direction that carries none needs no more
+    /// than [`DEFAULT_CAPACITY`].
+    pub fn with_pipe(self, capacity: usize) -> io::Result<Writer> {
+        Ok(Writer { stream: self.stream, pipe: Pipe::new(capacity)? })
+    }
+}
+
+impl<P> Writer<P> {
     /// Sends the preface.
     pub async fn send_preface(&mut self) -> io::Result<()> {
         self.send_bytes(&frame::preface(), SendFlags::empty()).await
@@ -101,6 +99,20 @@ impl Writer {
         self.send_bytes(&message.encode(0), SendFlags::empty()).await
     }
 
+    async fn send_bytes(&mut self, mut bytes: &[u8], flags: SendFlags) -> io::Result<()> {
+        let flags = flags | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        while !bytes.is_empty() {
+            let sent = self
+                .stream
+                .async_io(Interest::WRITABLE, || Ok(send(&*self.stream, bytes, flags)?))
+                .await?;
+            bytes = &bytes[sent..];
+        }
+        Ok(())
+    }
+}
+
+impl Writer {
     /// The pipe that the next payload is put into: it is empty now.
     pub fn payload(&self) -> &Pipe {
         &self.pipe
@@ -150,29 +162,24 @@ impl Writer {
         let send = || transfer(&self.pipe.out, &*self.stream, len);
         self.stream.async_io(Interest::WRITABLE, send).await
     }
-
-    async fn send_bytes(&mut self, mut bytes: &[u8], flags: SendFlags) -> io::Result<()> {
-        let flags = flags | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        while !bytes.is_empty() {
-            let sent = self
-                .stream
-                .async_io(Interest::WRITABLE, || Ok(send(&*self.stream, bytes, flags)?))
-                .await?;
-            bytes = &bytes[sent..];
-        }
-        Ok(())
-    }
 }
 
-/// The incoming direction.
+/// The incoming direction, likewise.
 #[derive(Debug)]
-pub struct Reader {
+pub struct Reader<P = Pipe> {
     stream: Arc<Stream>,
-    pipe: Pipe,
+    pipe: P,
     patience: Duration,
 }
 
-impl Reader {
+impl Reader<()> {
+    /// Makes it one for payload, too, through a pipe of so many bytes.
+    pub fn with_pipe(self, capacity: usize) -> io::Result<Reader> {
+        Ok(Reader { stream: self.stream, pipe: Pipe::new(capacity)?, patience: self.patience })
+    }
+}
+
+impl<P> Reader<P> {
     /// Receives and checks the preface.
     pub async fn receive_preface(&mut self) -> Result<(), LaneError> {
         let mut bytes = [0; PREFACE_LEN];
@@ -190,24 +197,6 @@ impl Reader {
         let mut bytes = vec![0; header.message_len];
         self.receive_exactly(&mut bytes, LaneError::Torn).await?;
         Ok((Message::decode(header, &bytes)?, header.payload_len))
-    }
-
-    /// Moves `len` bytes of payload to the end of a file, where `offset` is.
-    pub async fn payload_to_file(
-        &mut self,
-        file: BorrowedFd<'_>,
-        offset: &mut u64,
-        len: usize,
-    ) -> Result<(), LaneError> {
-        let mut left = len;
-        while left > 0 {
-            let mut filled = self.fill_pipe(left).await?;
-            left -= filled;
-            while filled > 0 {
-                filled -= transfer_to_file(&self.pipe.out, file, offset, filled)?;
-            }
-        }
-        Ok(())
     }
 
     /// Reads `len` bytes of payload into memory, for what is small.
@@ -233,16 +222,6 @@ impl Reader {
         while self.stream.ready(Interest::READABLE).await.is_ok_and(|ready| !ready.is_read_closed())
         {
             tokio::time::sleep(LOOK).await;
-        }
-    }
-
-    /// Moves what has come of the payload into the pipe, which is empty, so that only the socket
-    /// can say "not yet".
-    async fn fill_pipe(&mut self, len: usize) -> Result<usize, LaneError> {
-        let fill = || transfer(&*self.stream, &self.pipe.into, len.min(self.pipe.capacity()));
-        match self.in_time(fill).await? {
-            0 => Err(LaneError::Torn),
-            filled => Ok(filled),
         }
     }
 
@@ -286,6 +265,36 @@ impl Reader {
     }
 }
 
+impl Reader {
+    /// Moves `len` bytes of payload to the end of a file, where `offset` is.
+    pub async fn payload_to_file(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: &mut u64,
+        len: usize,
+    ) -> Result<(), LaneError> {
+        let mut left = len;
+        while left > 0 {
+            let mut filled = self.fill_pipe(left).await?;
+            left -= filled;
+            while filled > 0 {
+                filled -= transfer_to_file(&self.pipe.out, file, offset, filled)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves what has come of the payload into the pipe, which is empty, so that only the socket
+    /// can say "not yet".
+    async fn fill_pipe(&mut self, len: usize) -> Result<usize, LaneError> {
+        let fill = || transfer(&*self.stream, &self.pipe.into, len.min(self.pipe.capacity()));
+        match self.in_time(fill).await? {
+            0 => Err(LaneError::Torn),
+            filled => Ok(filled),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -293,12 +302,11 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::process::Command;
 
-    fn reader(keep_alive: Duration) -> (Reader, OwnedFd) {
+    fn reader(keep_alive: Duration) -> (Reader<()>, OwnedFd) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let ours = Stream::from_unix(tokio::net::UnixStream::from_std(ours).unwrap());
-        let pipes = Pipes { incoming: DEFAULT_CAPACITY, outgoing: DEFAULT_CAPACITY };
-        (split(ours, pipes, keep_alive).unwrap().0, theirs.into())
+        (split(ours, keep_alive).0, theirs.into())
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -7,6 +7,7 @@
 
 mod cache_standin;
 mod criu;
+mod crowds;
 // The tests of tests/remote use it, too.
 #[allow(dead_code)]
 mod daemons;

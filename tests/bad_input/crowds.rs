@@ -1,0 +1,119 @@
+//! Many who come and say nothing. Whoever has something to say gets in.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use criu_image_relay::control::INTERFACE;
+use criu_image_relay::control::model::SnapshotState;
+use criu_image_relay::daemon::CONTROL_SOCKET;
+use criu_image_relay::wire::frame;
+use criu_image_relay::wire::message::{Hello, Message};
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use crate::criu::RECORDS;
+use crate::daemons::{Daemon, SOON, eventually};
+use crate::link::Link;
+use crate::proxy_standin::ProxyStandin;
+
+/// This process may have as many open files as it is allowed at most.
+fn have_many_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+#[test]
+fn silent_connections_hold_no_links() {
+    let settings = [("link.max", "2"), ("link.hello-timeout", "\"1h\"")];
+    let (_cache, address) = Daemon::cache(&settings);
+    let connect = || TcpStream::connect(address).unwrap();
+    let mut silent: Vec<_> = (0..100).map(|_| connect()).collect();
+    for stream in &mut silent[..50] {
+        stream.write_all(&frame::preface()).unwrap();
+    }
+    ProxyStandin::connect(address).whole(0, "web", "core-7.img", RECORDS);
+}
+
+#[test]
+fn the_oldest_silent_connection_makes_way_for_a_new_one() {
+    have_many_files();
+    let (cache, address) = Daemon::cache_with_files(4096, &[("link.hello-timeout", "\"1h\"")]);
+    let connect = || TcpStream::connect(address).unwrap();
+    let silent: Vec<_> = (0..1024).map(|_| connect()).collect();
+    // Each of them is served, in the order in which they came.
+    let mut last = &silent[1023];
+    last.set_read_timeout(Some(SOON)).unwrap();
+    last.read_exact(&mut [0; frame::PREFACE_LEN]).unwrap();
+    let mut proxy = ProxyStandin::connect(address);
+    proxy.whole(0, "web", "core-7.img", RECORDS);
+    assert!(eventually(|| is_over(&silent[0])), "the oldest still has its place");
+    assert!(!is_over(&silent[1]));
+    cache.status();
+}
+
+/// Whether the daemon has closed a connection. What it said before is passed over.
+fn is_over(mut stream: &TcpStream) -> bool {
+    stream.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+    loop {
+        match stream.read(&mut [0; 64]) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
+        }
+    }
+}
+
+#[test]
+fn a_proxy_that_is_one_too_many_is_welcome_when_another_has_gone() {
+    let (_cache, address) = Daemon::cache(&[("link.max", "1")]);
+    let up = ProxyStandin::connect(address);
+    let mut waits = Link::new(TcpStream::connect(address).unwrap());
+    waits.say(&frame::preface());
+    waits.send(&Message::Hello(Hello { name: "waits".to_owned(), features: Vec::new() }));
+    waits.receive_preface();
+    waits.assert_quiet();
+    drop(up);
+    let (welcome, _) = waits.receive().unwrap();
+    assert!(matches!(welcome, Message::Welcome(_)), "{welcome:?}");
+}
+
+#[test]
+fn idle_clients_keep_nobody_from_the_control_socket() {
+    have_many_files();
+    let (cache, address) = Daemon::cache_with_files(4096, &[]);
+    let mut proxy = ProxyStandin::connect(address);
+    proxy.begin(0, "web");
+    cache.assert_state("web", SnapshotState::Receiving);
+    let connect = || UnixStream::connect(cache.dir().join(CONTROL_SOCKET)).unwrap();
+
+    // One of them is not idle, though it came first and says nothing: it watches.
+    let mut watches = connect();
+    watches.set_read_timeout(Some(SOON)).unwrap();
+    let call =
+        format!(r#"{{"method":"{INTERFACE}.Watch","parameters":{{"id":"web"}},"more":true}}"#);
+    watches.write_all(&[call.as_bytes(), b"\0"].concat()).unwrap();
+    assert!(next_reply(&mut watches).contains("receiving"));
+    let mut idle: Vec<_> = (0..300).map(|_| connect()).collect();
+    for half_a_call in &mut idle[200..] {
+        half_a_call.write_all(b"{\"method\":").unwrap();
+    }
+
+    for _ in 0..3 {
+        cache.status();
+    }
+    proxy.image(0, 0, "core-7.img", RECORDS);
+    proxy.complete(0, 1, 1, RECORDS.len());
+    while !next_reply(&mut watches).contains("whole") {}
+    idle[0].set_read_timeout(Some(SOON)).unwrap();
+    assert_eq!(idle[0].read(&mut [0]).unwrap(), 0, "the oldest makes way");
+}
+
+/// One reply to a call.
+fn next_reply(stream: &mut UnixStream) -> String {
+    let bytes = stream.bytes().map(Result::unwrap).take_while(|&byte| byte != 0);
+    let reply = String::from_utf8(bytes.collect()).unwrap();
+    assert!(!reply.is_empty(), "the conversation has ended");
+    reply
+}
