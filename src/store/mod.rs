@@ -60,6 +60,8 @@ use crate::criu::remote::{PARENT, encode_ids};
 /// What need not be kept once it was taken stays this long, so that who waits for it sees that it
 /// was.
 const LINGER: Duration = Duration::from_secs(1);
+/// So many damaged snapshots of a host are listed of which nothing had come.
+const EMPTY: usize = 16;
 
 /// Everything that a cache holds.
 #[derive(Debug)]
@@ -452,6 +454,28 @@ impl Store {
                 one_more(&self.tally.damaged);
             }
         });
+        self.forget_empty(key);
+    }
+
+    /// A snapshot has failed. Of what its host began and nothing has come of, the last are enough: whoever begins
+    /// snapshots without end does not fill the list.
+    fn forget_empty(&self, failed: Key) {
+        let Some(host) = self.look(failed, |failed| failed.sender.host) else { return };
+        let mut empty: Vec<(Instant, String)> = Vec::new();
+        self.for_each(|snapshot| {
+            let counts = match snapshot.state {
+                State::Damaged { counts, .. } => counts,
+                _ => return,
+            };
+            let is_empty = counts == Counts::default() && !snapshot.withdrawn;
+            if is_empty && snapshot.sender.host == host && snapshot.restores == 0 {
+                empty.push((snapshot.since, snapshot.id.clone()));
+            }
+        });
+        empty.sort();
+        for (_, id) in empty.iter().rev().skip(EMPTY) {
+            self.remove(id, &self.tally.expired);
+        }
     }
 
     /// Binds a restore to the oldest snapshot that is whole or coming, that no restore is bound to

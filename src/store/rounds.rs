@@ -136,6 +136,7 @@ impl Store {
                 one_more(&self.tally.damaged);
             }
         });
+        self.forget_empty(key);
     }
 
     /// Drops a snapshot that `host` sent and that has nothing but pages. Returns whether there was one.

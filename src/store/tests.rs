@@ -54,6 +54,26 @@ fn reason(store: &Store, id: &str) -> String {
 }
 
 #[tokio::test]
+async fn snapshots_that_are_begun_and_given_up_do_not_fill_the_list() {
+    let store = store(1 << 20);
+    let elsewhere = Sender { host: Some("192.0.2.1".parse().unwrap()), ..from("b") };
+    store.fail(store.begin("another host's", &elsewhere).unwrap(), "torn");
+    let begun = store.begin("with an image", &from("a")).unwrap();
+    add(&store, begun, "core-7.img", RECORDS).await.unwrap();
+    store.fail(begun, "torn");
+    let awaited = store.begin("awaited", &from("a")).unwrap();
+    store.fail(awaited, "torn");
+    let _restore = store.claim(awaited, Permission::default()).unwrap();
+    for number in 0..5000 {
+        store.fail(store.begin(&number.to_string(), &from("a")).unwrap(), "never mind");
+    }
+    for kept in ["another host's", "with an image", "awaited", "4999", "4984"] {
+        assert_eq!(state(&store, kept), "damaged", "{kept}");
+    }
+    assert_eq!((state(&store, "0"), state(&store, "4983")), ("gone", "gone"));
+}
+
+#[tokio::test]
 async fn a_task_with_memory_and_no_pages_damages_its_snapshot() {
     let store = store(1 << 20);
     for (id, pagemap, whole) in [("web", "pagemap-8.img", false), ("db", "pagemap-7.img", true)] {
