@@ -127,6 +127,11 @@ fn a_process_whose_images_are_sent_and_not_acknowledged_runs_on_when_its_migrati
 
     let (migration, cache) = unacknowledged(&bed, &pid, "again");
     bed.ok(Host::A, &["sh", "-c", interrupt]);
+    // Else the cache might be faster.
+    wait_until("it is called off", || {
+        let decided = "test -h /run/criu-image/migrate-*/decision";
+        bed.run(Host::A, &["sh", "-c", decided]).status.success()
+    });
     signal(&bed, Host::B, "CONT", &cache);
     runs_on(&bed, "job", &pid);
     let (status, words) = ended(migration);
