@@ -76,7 +76,7 @@ pub struct Connection {
     closed: Cell<bool>,
     /// Whether the cache keeps of a snapshot that its memory may have changed.
     keeps_marks: Cell<bool>,
-    /// How much the cache has said, without its KEEP_ALIVE.
+    /// How much the cache has said, without its `KEEP_ALIVE`.
     answers: Cell<u64>,
     /// An answer is overdue, and no other has come meanwhile.
     unanswered: Notify,
@@ -239,7 +239,7 @@ impl Connection {
     }
 
     /// Waits for an answer of the cache, for `link.ack-timeout`. A cache that answers nobody for that long is
-    /// stuck, though it may say KEEP_ALIVE: the link ends, and who needs one next gets another. One that waits
+    /// stuck, though it may say `KEEP_ALIVE`: the link ends, and who needs one next gets another. One that waits
     /// for its quota gives up before that, and says so.
     pub(super) async fn within<T>(
         &self,

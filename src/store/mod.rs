@@ -463,10 +463,7 @@ impl Store {
         let Some(host) = self.look(failed, |failed| failed.sender.host) else { return };
         let mut empty: Vec<(Instant, String)> = Vec::new();
         self.for_each(|snapshot| {
-            let counts = match snapshot.state {
-                State::Damaged { counts, .. } => counts,
-                _ => return,
-            };
+            let State::Damaged { counts, .. } = snapshot.state else { return };
             let is_empty = counts == Counts::default() && !snapshot.withdrawn;
             if is_empty && snapshot.sender.host == host && snapshot.restores == 0 {
                 empty.push((snapshot.since, snapshot.id.clone()));
