@@ -180,6 +180,7 @@ fn an_interrupt_leaves_the_process_running_and_nothing_behind() {
 }
 
 /// Both happen at the last moment, in a script that runs before the one that hands the snapshot over.
+/// With its cache gone nobody can say whether that had all of it.
 #[test]
 fn what_happens_at_the_last_moment_leaves_the_process_running() {
     let bed = Bed::start("/tmp/migrate-lost");
@@ -189,7 +190,7 @@ fn what_happens_at_the_last_moment_leaves_the_process_running() {
     let dir = bed.relay.dir;
     let interrupt = "pkill -INT -f 'imagectl.* migrate'; sleep 0.5".to_owned();
     let kill = format!("kill -KILL $(cat {dir}/cache.pid)");
-    let cases = [("exit 3", 1), (interrupt.as_str(), 8), (kill.as_str(), 1)];
+    let cases = [("exit 3", 1), (interrupt.as_str(), 8), (kill.as_str(), 9)];
     for (number, (what, status)) in cases.into_iter().enumerate() {
         process.tell("a", "churn 5");
         let when = "[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0";

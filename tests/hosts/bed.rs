@@ -192,7 +192,6 @@ impl Bed {
     }
 
     /// Starts another of the bed's programs: `threads`, or one that was copied to `/usr/bin` and takes the same options.
-    #[allow(dead_code)] // The trials of tests/long use it.
     #[track_caller]
     pub(crate) fn start(&self, program: &str, host: Host, name: &str, mib: u32) -> String {
         let mib = mib.to_string();
