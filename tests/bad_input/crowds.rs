@@ -112,8 +112,12 @@ fn idle_clients_keep_nobody_from_the_control_socket() {
 
 /// One reply to a call.
 fn next_reply(stream: &mut UnixStream) -> String {
-    let bytes = stream.bytes().map(Result::unwrap).take_while(|&byte| byte != 0);
-    let reply = String::from_utf8(bytes.collect()).unwrap();
+    let (mut reply, mut byte) = (Vec::new(), [0]);
+    // No further: what follows belongs to the next reply.
+    while stream.read(&mut byte).unwrap() == 1 && byte != [0] {
+        reply.extend(byte);
+    }
+    let reply = String::from_utf8(reply).unwrap();
     assert!(!reply.is_empty(), "the conversation has ended");
     reply
 }
