@@ -47,7 +47,7 @@ pub(super) async fn flatten(
         round.open(&space).map_err(|refused| refused.to_string())?;
         let len = image.len();
         if len > PAGEMAP_MAX {
-            let more = format_args!("{len} bytes, more than {PAGEMAP_MAX} are not looked into");
+            let more = format!("{len} bytes, more than {PAGEMAP_MAX} are not looked into");
             return Err(wrong(&more));
         }
         // Entry by entry: all of them at once would take several times the memory of the image.
