@@ -13,7 +13,7 @@ use criu_image_relay::criu::page_server::answer;
 use criu_image_relay::criu::page_server::header::{Dialect, Reader};
 use criu_image_relay::criu::page_server::session::{Action, Session};
 use criu_image_relay::criu::pagemap::Pagemap;
-use criu_image_relay::criu::pages::{Space, pages_image};
+use criu_image_relay::criu::pages::{Contents, Space, pages_image};
 
 use crate::bed::{Bed, Host, finish};
 
@@ -102,7 +102,12 @@ fn pages_that_a_dump_sent_are_restored() {
     bed.copy(Host::A, images.path(), "/tmp/web");
     let described = format!("/tmp/web/{}", task.pagemap());
     let decoded = bed.ok(Host::A, &["crit", "decode", "-i", &described]);
-    assert!(decoded.contains(r#""flags": 6"#), "crit reads it: {decoded}");
+    // As CRIU said it: of most processes it flags pages as lazy. It takes all of them for stack where a stack pointer is at the
+    // beginning of a page, which is so once in 256 times (contrib/upstream/every-page-is-a-stack.md).
+    let lazy = Contents::Present { lazy: true };
+    let lazy =
+        kept.pagemap.layout().unwrap().runs.iter().any(|placed| placed.run.contents() == lazy);
+    assert_eq!(decoded.contains(r#""flags": 6"#), lazy, "crit reads it: {decoded}");
     bed.ok(Host::A, &["criu", "restore", "-d", "-D", "/tmp/web", "-o", "restore.log"]);
     assert_eq!(bed.ask(Host::A, "web", &pid).checksum, before.checksum);
 }
