@@ -6,7 +6,7 @@
 //! would cost the square of the pieces.
 
 use std::cmp::Ordering;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::ops::Range;
 
 /// A count for each page number; before the first change it is 0.
@@ -14,8 +14,14 @@ use std::ops::Range;
 pub(super) struct Seen {
     changes: Tree,
     /// Gives each change a place in the tree that no peer can know beforehand.
-    priorities: RandomState,
+    priorities: Priorities,
 }
+
+#[cfg(not(test))]
+type Priorities = std::hash::RandomState;
+/// The same in each run: what is counted in a test does not depend on chance.
+#[cfg(test)]
+type Priorities = std::hash::BuildHasherDefault<std::hash::DefaultHasher>;
 
 /// Changes in the order of their numbers. The tree is a treap (Seidel and Aragon, "Randomized search trees",
 /// 1996): no change lies below one of a lower priority, and priorities are as good as random. So it is about as
