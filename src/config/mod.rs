@@ -124,11 +124,13 @@ fn known<T: Settings>() -> toml::Table {
     toml::Table::try_from(T::default()).expect("settings are a table")
 }
 
-/// A cache's address with its port, [`LINK_PORT`] where `text` names none. The error says what an
-/// address looks like.
+/// A cache's address with its port, [`LINK_PORT`] where `text` names none; the path of a unix socket as it is. The error
+/// says what an address looks like.
 pub fn full_address(text: &str) -> Result<String, String> {
-    words::HostPort::parse(text).ok_or_else(|| {
-        format!("{text:?} is no address of a cache: HOST, HOST:PORT or [IPV6]:PORT is expected")
+    words::CacheAddress::parse(text).ok_or_else(|| {
+        format!(
+            "{text:?} is no address of a cache: HOST, HOST:PORT, [IPV6]:PORT or the absolute path of a unix socket is expected"
+        )
     })
 }
 

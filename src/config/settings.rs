@@ -3,7 +3,7 @@
 //! Every struct here is one table of the file; its field names in kebab case are the keys.
 
 use super::syntax::{As, Count, Memory, Size, Span};
-use super::words::{Endpoint, FilePath, Flag, HostPort, Listen, Name, SocketDir};
+use super::words::{CacheAddress, Endpoint, FilePath, Flag, HostPort, Listen, Name, SocketDir};
 use super::{LINK_PORT, physical_memory, uids};
 use serde::{Deserialize, Serialize};
 use std::{path::PathBuf, time::Duration};
@@ -23,8 +23,8 @@ type HeldSize = Size<{ 1 << 20 }, { 1 << 50 }>;
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ProxySettings {
     /// The cache that snapshots go to, as `HOST:PORT`; the port is [`LINK_PORT`] if the file names
-    /// none. An IPv6 address stands in brackets.
-    #[serde(with = "As::<HostPort>")]
+    /// none. An IPv6 address stands in brackets. Or the absolute path of a unix socket.
+    #[serde(with = "As::<CacheAddress>")]
     pub cache: String,
     /// Whether plaintext may leave the machine. If not, a cache that is not on a loopback address
     /// is refused.

@@ -142,6 +142,9 @@ fn addresses() {
         ("[::1]", Some("[::1]:9996")),
         ("[2001:db8::7]:80", Some("[2001:db8::7]:80")),
         ("[fe80::1%3]:80", Some("[fe80::1%3]:80")),
+        ("/run/tunnel.sock", Some("/run/tunnel.sock")),
+        ("/run/", None),
+        ("run/tunnel.sock", None),
         ("", None),
         (":9996", None),
         ("::1", None),
@@ -209,6 +212,9 @@ fn options_replace_their_part_of_an_address() {
         ("a:1", None, Some(2), "a:2"),
         ("[::1]:1", None, Some(2), "[::1]:2"),
         ("a:1", Some("[::2]"), Some(2), "[::2]:2"),
+        ("/run/tunnel:1", None, None, "/run/tunnel:1"),
+        ("/run/tunnel:1", Some("b"), None, "b:9996"),
+        ("/run/tunnel:1", None, Some(2), "127.0.0.1:2"),
     ] {
         let mut settings = CacheSettings { listen: old.to_owned(), ..CacheSettings::default() };
         settings.shared().set_address(host, port);

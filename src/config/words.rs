@@ -149,6 +149,35 @@ impl Syntax for HostPort {
     }
 }
 
+/// Where a cache is: [`HOST[:PORT]`](HostPort), or the absolute path of a unix socket, a tunnel's end.
+pub(super) struct CacheAddress;
+
+impl CacheAddress {
+    pub(super) fn parse(text: &str) -> Option<String> {
+        match Endpoint::parse(text) {
+            Some(Endpoint::Unix(_)) => Some(text.to_owned()),
+            _ => HostPort::parse(text),
+        }
+    }
+}
+
+impl Syntax for CacheAddress {
+    type Value = String;
+
+    fn expected(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        HostPort::expected(f)?;
+        f.write_str(", or the absolute path of a unix socket")
+    }
+
+    fn from_text(text: &str) -> Option<String> {
+        Self::parse(text)
+    }
+
+    fn write<S: Serializer>(address: &String, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(address)
+    }
+}
+
 /// The name a daemon gives itself; empty for the host's.
 pub(super) struct Name;
 

@@ -3,11 +3,12 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::net::{TcpStream, lookup_host};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -16,6 +17,7 @@ use tracing::Span;
 use crate::config::ProxySettings;
 use crate::control::model::LinkStatus;
 use crate::daemon::given::GivenLink;
+use crate::daemon::local_peers::admit_stream;
 use crate::daemon::outages::Outages;
 use crate::daemon::sessions::Sessions;
 use crate::sys::connected::{Peer, Stream};
@@ -269,7 +271,7 @@ fn plaintext(destination: &str) -> String {
     )
 }
 
-/// Connects and shakes hands. Returns what the cache says of itself.
+/// Connects, shakes hands, and checks who that was if it is on this machine. Returns what the cache says of itself.
 async fn attempt(
     destination: &str,
     name: &str,
@@ -277,20 +279,35 @@ async fn attempt(
     limit: Duration,
 ) -> Result<(Reader, Writer, Welcome), String> {
     let in_time = async {
-        let mut addresses = resolve(destination).await?;
-        addresses.retain(|address| settings.insecure || Peer::Tcp(*address).is_local());
-        if addresses.is_empty() {
-            return Err(plaintext(destination));
-        }
-        let connect = async {
-            let stream = TcpStream::connect(&addresses[..]).await?;
-            let peer = stream.peer_addr()?;
-            Stream::from_tcp(stream, peer)
-        };
-        let stream = connect.await.map_err(|error| error.to_string())?;
-        greet(stream, name, settings).await.map_err(|error| error.to_string())
+        let stream = connect(destination, settings).await?;
+        let (reader, writer, welcome) =
+            greet(stream, name, settings).await.map_err(|error| error.to_string())?;
+        // Whose socket it is that answers is known when it has answered: until a program has accepted a connection, the
+        // kernel counts it as root's.
+        admit_stream(reader.stream(), &settings.allow_uids, true)
+            .await
+            .map_err(|why| format!("what listens at {destination} gets nothing: {why}"))?;
+        Ok((reader, writer, welcome))
     };
     timeout(limit, in_time).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
+}
+
+async fn connect(destination: &str, settings: &ProxySettings) -> Result<Stream, String> {
+    let in_words = |error: io::Error| error.to_string();
+    if destination.starts_with('/') {
+        return UnixStream::connect(destination).await.map(Stream::from_unix).map_err(in_words);
+    }
+    let mut addresses = resolve(destination).await?;
+    addresses.retain(|address| settings.insecure || Peer::Tcp(*address).is_local());
+    if addresses.is_empty() {
+        return Err(plaintext(destination));
+    }
+    let connected = async {
+        let stream = TcpStream::connect(&addresses[..]).await?;
+        let peer = stream.peer_addr()?;
+        Stream::from_tcp(stream, peer)
+    };
+    connected.await.map_err(in_words)
 }
 
 async fn resolve(destination: &str) -> Result<Vec<SocketAddr>, String> {

@@ -180,6 +180,11 @@ impl Reader<()> {
 }
 
 impl<P> Reader<P> {
+    /// The connection, to look at.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
     /// Receives and checks the preface.
     pub async fn receive_preface(&mut self) -> Result<(), LaneError> {
         let mut bytes = [0; PREFACE_LEN];

@@ -3,21 +3,6 @@
 use crate::bed::{BOTH, Bed, Host, wait_until};
 use crate::handbook::{blocks, done};
 
-/// Takes a connection on port 19996 of this machine to a unix socket, as ssh does.
-const TUNNEL: &str = "import socket, sys, threading
-def pass_on(one, other):
-    while data := one.recv(1 << 16):
-        other.sendall(data)
-    other.shutdown(socket.SHUT_WR)
-listener = socket.create_server(('127.0.0.1', 19996))
-while True:
-    one = listener.accept()[0]
-    other = socket.socket(socket.AF_UNIX)
-    other.connect(sys.argv[1])
-    threading.Thread(target=pass_on, args=(one, other)).start()
-    threading.Thread(target=pass_on, args=(other, one)).start()
-";
-
 fn start(bed: &Bed, host: Host, kinds: &[&str]) {
     for kind in kinds {
         let socket = format!("{}-{kind}@rack7.socket", host.daemon());
@@ -85,45 +70,64 @@ fn a_process_moves_from_an_instance_to_an_instance() {
     assert_eq!(instances.as_array().unwrap().len(), 3, "{instances}");
 }
 
+/// A tunnel between the hosts, made as the page says, with the key that it leaves to be pasted.
+fn tunnel(bed: &Bed) {
+    let [at_the_cache, at_the_proxy, mut paste] =
+        <[_; 3]>::try_from(blocks("### Through ssh")).unwrap();
+    bed.ok(Host::B, &["systemctl", "start", "ssh"]);
+    done(bed, &[at_the_cache, at_the_proxy].concat());
+    let key = bed.ok(Host::A, &["cat", "/etc/criu-image-relay/tunnel/key.pub"]);
+    paste[0].1 = paste[0].1.replace("KEY'", &format!("{}'", key.trim()));
+    done(bed, &paste);
+    wait_until("the tunnel is there", || {
+        bed.run(Host::A, &["test", "-S", "/run/criu-image-tunnel/rack7.sock"]).status.success()
+    });
+}
+
 #[test]
-fn without_a_port_a_tunnel_leads_to_the_link() {
+fn a_process_moves_through_ssh_and_nobody_else_on_either_host_gets_anything() {
+    let bed = Bed::up();
+    tunnel(&bed);
+    let (cache, pid) = (["--cache", "--instance", "rack7"], bed.workload(Host::A, "web", 16));
+    let before = bed.ask(Host::A, "web", &pid);
+    bed.ctl(Host::A, &["migrate", "-t", &pid, "--snapshot", "web", "--max-downtime", "1min"]);
+    assert!(!bed.lives(Host::A, &pid));
+    let id = ["restore", "web"];
+    bed.ok(Host::B, &[&["criu-imagectl"][..], &cache, &id].concat());
+    assert_eq!(bed.ask(Host::B, "web", &pid).checksum, before.checksum);
+    assert_eq!(bed.ctl(Host::B, &[&cache[..], &["list"]].concat())[0]["state"], "taken");
+
+    // A user of host A cannot get at the tunnel's end.
+    let connect = "import socket
+socket.socket(socket.AF_UNIX).connect('/run/criu-image-tunnel/rack7.sock')";
+    let user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+    let tried = bed.run(Host::A, &[&user[..], &["python3", "-c", connect]].concat());
+    assert!(String::from_utf8_lossy(&tried.stderr).contains("PermissionError"), "{tried:?}");
+
+    // The tunnel's user is one that the cache was told of.
+    bed.ok(
+        Host::B,
+        &[
+            "sed",
+            "-i",
+            "s/^allow-uids = .*/allow-uids = []/",
+            "/etc/criu-image-relay/cache@rack7.toml",
+        ],
+    );
+    bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache@rack7"]);
+    let put = ["criu-imagectl", "put", "--list", "--finish", "job", "/etc/hostname"];
+    let refused = String::from_utf8(bed.run(Host::A, &put).stderr).unwrap();
+    assert!(refused.contains("is not in allow-uids"), "{refused}");
+}
+
+#[test]
+fn the_socket_of_a_link_is_not_for_everybody_on_the_machine() {
     let bed = Bed::up();
     bed.ok(
         Host::B,
         &["cp", "/etc/criu-image-relay/cache.toml", "/etc/criu-image-relay/cache@rack7.toml"],
     );
-    bed.ok(Host::B, &["sed", "-i", "s/^insecure = .*//", "/etc/criu-image-relay/cache@rack7.toml"]);
-    bed.ok(
-        Host::B,
-        &[
-            "bash",
-            "-c",
-            "echo 'cache = \"127.0.0.1:19996\"' >/etc/criu-image-relay/proxy@rack7.toml",
-        ],
-    );
-    start(&bed, Host::B, &["stream", "remote", "control", "link"]);
-    for kind in ["stream", "remote", "control"] {
-        bed.ok(Host::B, &["systemctl", "start", &format!("criu-image-proxy-{kind}@rack7.socket")]);
-    }
-    let mut tunnel =
-        bed.spawn(Host::B, &["python3", "-c", TUNNEL, "/run/criu-image/cache@rack7/link.sock"]);
-    let tunnelled = [
-        "criu-imagectl",
-        "--instance",
-        "rack7",
-        "put",
-        "--list",
-        "--finish",
-        "web",
-        "/etc/hostname",
-    ];
-    wait_until("the tunnel is there", || bed.run(Host::B, &tunnelled).status.success());
-    let get = ["criu-imagectl", "--cache", "--instance", "rack7", "get", "web", "hostname"];
-    assert_eq!(bed.ok(Host::B, &get), "host-b\n");
-    tunnel.kill().unwrap();
-    tunnel.wait().unwrap();
-
-    // The socket is not for everybody on the machine.
+    start(&bed, Host::B, &["link"]);
     let connect = "import socket, sys
 link = socket.socket(socket.AF_UNIX)
 link.settimeout(5)

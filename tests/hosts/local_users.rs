@@ -49,3 +49,48 @@ fn another_user_of_the_caches_host_has_no_link_by_any_of_its_addresses() {
     let put = ["criu-imagectl", "put", "--list", "--finish", "web", "/etc/hostname"];
     bed.ok(Host::A, &put);
 }
+
+/// Answers as a cache would, at a port or a unix socket of a user's, and prints what the proxy says after that.
+const POSE: &str = "import os, socket, struct, sys
+where = sys.argv[1]
+if where.startswith('/'):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(where)
+    os.chmod(where, 0o666)
+    listener.listen()
+else:
+    listener = socket.create_server(('127.0.0.1', int(where)))
+while True:
+    link = listener.accept()[0]
+    stream = link.makefile('rb')
+    stream.read(12)
+    stream.read(struct.unpack('<HHI', stream.read(8))[1])
+    # The preface, and a WELCOME.
+    link.sendall(b'CRIURLAY\\x01\\0\\0\\0' + struct.pack('<HHI', 2, 3, 0) + b'\\x0a\\x01x')
+    print(stream.read())
+";
+
+#[test]
+fn a_proxy_sends_nothing_to_another_user_of_its_own_host_who_answers_in_the_caches_place() {
+    let bed = Bed::up();
+    let user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+    bed.ok(Host::A, &["install", "-d", "-m", "777", "/srv/pose"]);
+    let path = "/srv/pose/link.sock";
+    bed.configure(Host::A, "give-up-after", "\"1s\"");
+    for (listens, cache) in [("19996", "127.0.0.1:19996"), (path, path)] {
+        bed.configure(Host::A, "cache", &format!("{cache:?}"));
+        let posing = bed.spawn(Host::A, &[&user[..], &["python3", "-uc", POSE, listens]].concat());
+        let put = ["criu-imagectl", "put", "--list", "--finish", "web", "/etc/hostname"];
+        wait_until("it is refused", || {
+            bed.ok(Host::A, &["systemctl", "try-reload-or-restart", "criu-image-proxy"]);
+            let refused = bed.run(Host::A, &put);
+            let why = format!(
+                "what listens at {cache} gets nothing: its uid, 65534, is not in allow-uids"
+            );
+            String::from_utf8_lossy(&refused.stderr).contains(&why)
+        });
+        bed.ok(Host::A, &["pkill", "-x", "python3"]);
+        let heard = String::from_utf8(posing.wait_with_output().unwrap().stdout).unwrap();
+        assert!(heard.lines().all(|line| line == "b''") && !heard.is_empty(), "{heard}");
+    }
+}

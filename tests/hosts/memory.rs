@@ -63,18 +63,21 @@ fn a_dump_by_hand_while_the_cache_reads_nothing_carries_no_changed_memory() {
     assert_unchanged_on_host_b(&bed, id, &pid);
 }
 
+/// Whether CRIU has written its images, and the action script asks whether the cache has them.
+fn action_script_waits(bed: &Bed) -> bool {
+    let asks = bed.run(Host::A, &["pgrep", "-x", "criu-imagectl"]);
+    let images =
+        bed.list(Host::A).last().map_or(0, |snapshot| snapshot["images"].as_u64().unwrap());
+    asks.status.success() && images > 10
+}
+
 #[test]
 fn with_the_hook_criu_waits_for_the_cache_and_the_memory_is_as_it_was() {
     let (bed, pid) = with_threads();
     let cache = bed.daemon_pid(Host::B);
     bed.ok(Host::B, &["kill", "-STOP", &cache]);
     let dump = bed.spawn(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
-    wait_until("the action script waits", || {
-        let asks = bed.run(Host::A, &["pgrep", "-x", "criu-imagectl"]);
-        let images =
-            bed.list(Host::A).last().map_or(0, |snapshot| snapshot["images"].as_u64().unwrap());
-        asks.status.success() && images > 10
-    });
+    wait_until("the action script waits", || action_script_waits(&bed));
     assert!(bed.lives(Host::A, &pid));
     bed.ok(Host::B, &["kill", "-CONT", &cache]);
     finish(dump);
@@ -90,12 +93,7 @@ fn a_proxy_that_dies_while_the_hook_waits_fails_the_dump_and_the_process_goes_on
     let cache = bed.daemon_pid(Host::B);
     bed.ok(Host::B, &["kill", "-STOP", &cache]);
     let dump = bed.spawn(Host::A, &Bed::hooked_dump(&pid, Host::A.work_dir()));
-    wait_until("the action script waits", || {
-        let asks = bed.run(Host::A, &["pgrep", "-x", "criu-imagectl"]);
-        let images =
-            bed.list(Host::A).last().map_or(0, |snapshot| snapshot["images"].as_u64().unwrap());
-        asks.status.success() && images > 10
-    });
+    wait_until("the action script waits", || action_script_waits(&bed));
     bed.ok(Host::A, &["kill", "-KILL", &bed.daemon_pid(Host::A)]);
     assert!(!dump.wait_with_output().unwrap().status.success());
     bed.ok(Host::B, &["kill", "-CONT", &cache]);
