@@ -31,15 +31,15 @@ const WRITE: u32 = 1;
 const APPEND: u32 = 0o2000;
 
 /// The fields that a header cannot do without: decoding it takes one that is absent for an empty one,
-/// and an absent mode for a read.
+/// and an absent mode for a read. The mode is as wide as it may come: decoding it as 32 bits drops the others.
 #[derive(Clone, PartialEq, Message)]
 struct Required {
     #[prost(string, optional, tag = "1")]
     name: Option<String>,
     #[prost(string, optional, tag = "2")]
     snapshot_id: Option<String>,
-    #[prost(uint32, optional, tag = "3")]
-    open_mode: Option<u32>,
+    #[prost(uint64, optional, tag = "3")]
+    open_mode: Option<u64>,
 }
 
 /// What a client asks for.
@@ -113,7 +113,7 @@ pub enum BadHeader {
     Name(#[from] BadName),
     /// No such mode.
     #[error("open mode {0} is none of 0 (read), 1 (write) and 1024 (append)")]
-    Mode(u32),
+    Mode(u64),
     /// It is none of this protocol.
     #[error(
         "a bad image name \"\": it is empty, as in the endings of CRIU's old --remote clients, which are \
@@ -141,8 +141,9 @@ impl Request {
         let not_that = |why| BadHeader::NotThat("local_image_entry", why);
         let header =
             LocalImageEntry::decode(message).map_err(|error| not_that(error.to_string()))?;
-        if let Some(field) = missing(message) {
-            return Err(not_that(format!("it has no {field}")));
+        let mode = required(message).map_err(|field| not_that(format!("it has no {field}")))?;
+        if mode != u64::from(header.open_mode) {
+            return Err(BadHeader::Mode(mode));
         }
         if historical {
             match historical::ending(&header.name, &header.snapshot_id, header.open_mode) {
@@ -152,7 +153,7 @@ impl Request {
             }
         }
         if !matches!(header.open_mode, READ | WRITE | APPEND) {
-            return Err(BadHeader::Mode(header.open_mode));
+            return Err(BadHeader::Mode(mode));
         }
         if header.finish() {
             return Request::end(header);
@@ -303,15 +304,12 @@ pub fn encode_ids(ids: &[String]) -> Vec<u8> {
     ids.iter().flat_map(|id| encode_id(id)).collect()
 }
 
-/// The first field that a header lacks.
-fn missing(message: &[u8]) -> Option<&'static str> {
+/// The mode of a header that has all that it needs; else the first field that it lacks.
+fn required(message: &[u8]) -> Result<u64, &'static str> {
     let Required { name, snapshot_id, open_mode } = Required::decode(message).unwrap_or_default();
-    let fields = [
-        (name.is_some(), "name"),
-        (snapshot_id.is_some(), "snapshot_id"),
-        (open_mode.is_some(), "open_mode"),
-    ];
-    fields.into_iter().find(|(there, _)| !there).map(|(_, field)| field)
+    name.ok_or("name")?;
+    snapshot_id.ok_or("snapshot_id")?;
+    open_mode.ok_or("open_mode")
 }
 
 #[cfg(test)]
@@ -388,6 +386,26 @@ mod tests {
         ] {
             let why = format!("local_image_entry: it has no {field}");
             assert!(refused(bytes).ends_with(&why), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_mode_of_more_than_32_bits_is_none_of_those_that_its_last_32_bits_would_be() {
+        for (mode, bytes) in [
+            (1 << 32, &b"\x80\x80\x80\x80\x10"[..]),
+            ((1 << 32) + 1, b"\x81\x80\x80\x80\x10"),
+            (u64::MAX, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"),
+        ] {
+            for historical in [false, true] {
+                for name in [&b"\x0a\x05a.img\x12\x03web\x18"[..], b"\x0a\0\x12\0\x18"] {
+                    let header = [name, bytes].concat();
+                    let refused = Request::decode(&header, historical).unwrap_err().to_string();
+                    assert!(
+                        refused.starts_with(&format!("open mode {mode} is none of")),
+                        "{refused}"
+                    );
+                }
+            }
         }
     }
 

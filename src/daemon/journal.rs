@@ -81,3 +81,5 @@ pub const CONFIG_RELOADED: &str = "460ab075ef1543e8b3d94cb9482bb961";
 pub const CONFIG_REFUSED: &str = "bfb2113b8fe840fbb9da4b5e70c6c265";
 /// The log file cannot be opened anew.
 pub const LOG_NOT_REOPENED: &str = "1c437429c6be48b082ff8e7d06bcd8fe";
+/// Messages were left out, because a peer had the daemon say too many of them.
+pub const MESSAGES_LEFT_OUT: &str = "a92307bcd7b64b20839b91e6d6f5c74c";

@@ -17,6 +17,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
+use super::floods::Floods;
 use super::journal;
 use crate::config::LogSettings;
 
@@ -29,6 +30,7 @@ pub(super) struct Logging {
     level: reload::Handle<Targets, Registry>,
     file: Option<LogFile>,
     on_stderr: bool,
+    floods: Floods,
 }
 
 impl Logging {
@@ -54,9 +56,11 @@ impl Logging {
                 text.with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).boxed()
             }
         };
+        let floods = Floods::default();
+        let layers = tracing_subscriber::registry().with(filter).with(floods.clone()).with(output);
         // A second logger in one process can only be a test's.
-        let _ = tracing_subscriber::registry().with(filter).with(output).try_init();
-        Ok(Logging { level, file, on_stderr })
+        let _ = layers.try_init();
+        Ok(Logging { level, file, on_stderr, floods })
     }
 
     /// Puts another configured level in force.
@@ -73,6 +77,12 @@ impl Logging {
                 "logging goes on to the file that was open: {error}"
             );
         }
+    }
+
+    /// Says how many messages of a flood were left out, when its minute is over; at the `end` in any case. To be called
+    /// about once a second.
+    pub(super) fn tell_left_out(&self, end: bool) {
+        self.floods.tell_left_out(end);
     }
 
     /// Whether what is logged is seen where stderr is.

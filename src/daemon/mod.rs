@@ -5,6 +5,7 @@ pub mod accept;
 mod background;
 pub mod cli;
 pub mod fd_store;
+mod floods;
 pub mod given;
 pub mod handed_over;
 pub mod idlers;

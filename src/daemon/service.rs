@@ -87,6 +87,7 @@ pub(super) fn run<D: Daemon>(
         tracing::info!(message_id, "{} stops: {}", D::NAME, daemon.status_line());
         drain(&*daemon, &mut signals).await;
         daemon.farewell();
+        logging.tell_left_out(true);
         let message_id = journal::DAEMON_STOPPED;
         tracing::info!(message_id, "{} has stopped: {}", D::NAME, daemon.status_line());
         Ok(well)
@@ -143,6 +144,7 @@ async fn serve<D: Daemon>(
             }
             _ = tick.tick() => {
                 daemon.tick();
+                logging.tell_left_out(false);
                 let line = daemon.status_line();
                 if line != shown {
                     notify::status(&line);

@@ -9,7 +9,7 @@ use criu_image_relay::control::INTERFACE;
 use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::daemon::CONTROL_SOCKET;
 use criu_image_relay::wire::frame;
-use criu_image_relay::wire::message::{Hello, Message};
+use criu_image_relay::wire::message::{Hello, Message, SnapshotAbort};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::criu::RECORDS;
@@ -120,4 +120,23 @@ fn next_reply(stream: &mut UnixStream) -> String {
     let reply = String::from_utf8(reply).unwrap();
     assert!(!reply.is_empty(), "the conversation has ended");
     reply
+}
+
+#[test]
+fn the_messages_that_a_peer_causes_without_end_are_summed_up() {
+    let (cache, address) = Daemon::cache(&[]);
+    let mut proxy = ProxyStandin::connect(address);
+    for snapshot in 0..500 {
+        proxy.begin(snapshot, "web");
+        let reason = format!("given up ({snapshot})");
+        proxy.link.send(&Message::SnapshotAbort(SnapshotAbort { snapshot, reason }));
+    }
+    proxy.whole(500, "db", "core-7.img", RECORDS);
+    assert_eq!(cache.count_log("given up ("), 100);
+    let log = cache.stop();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("given up (")).collect();
+    assert_eq!(told.len(), 101);
+    let sum =
+        "400 more messages about 127.0.0.1 were left out within a minute, the first of them: ";
+    assert!(told[100].contains(sum) && told[100].contains("given up (100)"), "{}", told[100]);
 }

@@ -1,0 +1,277 @@
+//! What many connections to one port cost those who work: the answers to `status`, and a push.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../bad_input/criu.rs"]
+#[allow(dead_code, reason = "what is not asked for here, other targets have")]
+mod criu;
+#[path = "../bad_input/daemons.rs"]
+#[allow(dead_code, reason = "what is not asked for here, other targets have")]
+mod daemons;
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use criu_image_relay::control::model::SnapshotState;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::{set_socket_linger, socket_error};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use criu::{Criu, RECORDS};
+use daemons::{Daemon, unused_address};
+
+const USAGE: &str = "\
+usage: tests/long/connections [--connections N] [--build DIR]
+
+Makes many connections at once to each TCP port of both daemons in turn: silent ones that stay, and such as are opened and closed
+over and over, always as many at once. Meanwhile it asks the daemon for its status all the time, and sends snapshots of 64 MiB.
+Prints for each port and kind how many connections there were, the slowest answer to `status`, and how long a snapshot took.
+Exit status 0 says that every answer came within 100 ms, and that no crowd made a snapshot take more than twice its time (the
+median of several) without one.
+
+  --connections N   so many at once (default: 2000)
+  --build DIR       the binaries to try (default: this checkout's)
+";
+
+/// How long an answer to `status` may take.
+const AT_ONCE: Duration = Duration::from_millis(100);
+/// What a snapshot holds.
+const SNAPSHOT: usize = 64 << 20;
+/// So many are sent each time; the median counts.
+const SNAPSHOTS: usize = 7;
+/// How much longer they may take for a crowd.
+const SLOWER: f64 = 2.0;
+
+/// What is asked for.
+struct Wanted {
+    connections: usize,
+    build: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let Some(wanted) = wanted(std::env::args().skip(1)) else {
+        eprint!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    match wanted {
+        None => {
+            print!("{USAGE}");
+            ExitCode::SUCCESS
+        }
+        Some(Wanted { connections, build: Some(build) }) => with_build(connections, &build),
+        Some(Wanted { connections, build: None }) => ExitCode::from(u8::from(!trial(connections))),
+    }
+}
+
+/// What the command line wants; an inner `None` is its help.
+fn wanted(mut told: impl Iterator<Item = String>) -> Option<Option<Wanted>> {
+    let mut wanted = Wanted { connections: 2000, build: None };
+    while let Some(option) = told.next() {
+        match option.as_str() {
+            "--help" | "-h" => return Some(None),
+            "--connections" => wanted.connections = told.next()?.parse().ok().filter(|n| *n > 0)?,
+            "--build" => wanted.build = Some(told.next()?),
+            _ => return None,
+        }
+    }
+    Some(Some(wanted))
+}
+
+/// The same with other binaries.
+fn with_build(connections: usize, build: &str) -> ExitCode {
+    let again = std::env::current_exe().unwrap();
+    let build = std::path::absolute(build).unwrap();
+    let mut command = Command::new(again);
+    command.env("CRIU_IMAGE_RELAY_BUILD", build);
+    let ended = command.args(["--connections", &connections.to_string()]).status().unwrap();
+    ExitCode::from(u8::from(!ended.success()))
+}
+
+/// A crowd, by what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Crowd {
+    /// Connects and says nothing.
+    Silent,
+    /// Connects and goes, over and over.
+    ComingAndGoing,
+}
+
+/// Tries all ports. Returns whether all bounds were held.
+fn trial(connections: usize) -> bool {
+    have_many_files();
+    let [pages, more_pages, metrics, more_metrics] = [(); 4].map(|()| unused_address());
+    let said = [pages, more_pages, metrics, more_metrics].map(|at| format!("{:?}", at.to_string()));
+    // The system's own units let the daemons have as many open files.
+    let (cache, link) = Daemon::cache_with_files(
+        FILES,
+        &[
+            ("store.max-bytes", "\"256M\""),
+            ("pages.listen", &said[0]),
+            ("metrics.listen", &said[2]),
+        ],
+    );
+    let proxy = Daemon::proxy_with_files(
+        Some(FILES),
+        link,
+        &[("pages.listen", &said[1]), ("metrics.listen", &said[3])],
+    );
+    let bytes = vec![7; SNAPSHOT];
+    let push = |_| push(&proxy, &cache, &bytes);
+
+    // The first one makes the link.
+    push(0);
+    let alone = median((0..SNAPSHOTS).map(push).collect());
+    println!("a push of {} MiB takes {} ms without a crowd\n", SNAPSHOT >> 20, millis(alone));
+    println!("port             crowd             connections   slowest status   push   times");
+    let ports = [
+        ("link", &cache, link),
+        ("cache's pages", &cache, pages),
+        ("cache's metrics", &cache, metrics),
+        ("proxy's pages", &proxy, more_pages),
+        ("proxy's metrics", &proxy, more_metrics),
+    ];
+    let mut all_well = true;
+    for (port, daemon, address) in ports {
+        for crowd in [Crowd::Silent, Crowd::ComingAndGoing] {
+            let before = median((0..3).map(push).collect()).max(alone);
+            let (made, slowest, took) = with_crowd(crowd, connections, (daemon, address), || {
+                (0..SNAPSHOTS).map(push).collect()
+            });
+            let took = median(took);
+            let times = took.as_secs_f64() / before.as_secs_f64();
+            let (late, slow) = (slowest > AT_ONCE, times > SLOWER);
+            let why = match (late, slow) {
+                (false, false) => "",
+                (true, false) => "  an answer came late",
+                (false, true) => "  a push took too long",
+                (true, true) => "  an answer came late, and a push took too long",
+            };
+            let kind = match crowd {
+                Crowd::Silent => "silent",
+                Crowd::ComingAndGoing => "coming and going",
+            };
+            println!(
+                "{port:15}  {kind:16} {made:12} {:>13} ms {:>6} {times:7.2}{why}",
+                millis(slowest),
+                millis(took)
+            );
+            all_well &= !late && !slow;
+        }
+    }
+    all_well
+}
+
+/// As many as a unit's `LimitNOFILE=` is for.
+const FILES: u32 = 16384;
+
+/// This process may have as many open files as it is allowed at most.
+fn have_many_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+fn millis(time: Duration) -> String {
+    format!("{:.1}", time.as_secs_f64() * 1e3)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Sends a snapshot, and says how long that took until the cache held it whole.
+fn push(proxy: &Daemon, cache: &Daemon, bytes: &[u8]) -> Duration {
+    let mut dump = Criu::in_dir_of("web", proxy);
+    let since = Instant::now();
+    dump.write("core-7.img", RECORDS);
+    dump.write("pages-1.img", bytes);
+    dump.complete();
+    cache.assert_state("web", SnapshotState::Whole);
+    let took = since.elapsed();
+    cache.drop_snapshot("web");
+    cache.assert_held(0);
+    if proxy.show("web").is_some() {
+        proxy.drop_snapshot("web");
+    }
+    took
+}
+
+/// Does something while there is a crowd at a daemon's port. Returns how many connections were made, the slowest answer of the
+/// daemon to `status` from before the first connection to after the last, and what was done.
+fn with_crowd<T>(
+    crowd: Crowd,
+    connections: usize,
+    (daemon, address): (&Daemon, SocketAddr),
+    done: impl FnOnce() -> T,
+) -> (usize, Duration, T) {
+    let (made, crowded) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let (no_more, nobody) = (AtomicBool::new(false), AtomicBool::new(false));
+    let all = |threads: &AtomicBool| threads.load(Ordering::Relaxed);
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            let mut slowest = Duration::ZERO;
+            while !all(&nobody) {
+                let since = Instant::now();
+                daemon.status();
+                slowest = slowest.max(since.elapsed());
+                thread::sleep(Duration::from_millis(1));
+            }
+            slowest
+        });
+        let coming = scope.spawn(|| {
+            let mut there: VecDeque<OwnedFd> = VecDeque::new();
+            while !all(&no_more) {
+                if there.len() < connections {
+                    there.push_back(begin_to_connect(address));
+                    continue;
+                }
+                crowded.store(true, Ordering::Relaxed);
+                match crowd {
+                    Crowd::Silent => thread::sleep(Duration::from_millis(10)),
+                    Crowd::ComingAndGoing => {
+                        // As many as the daemon takes, and none that it has not.
+                        made.fetch_add(usize::from(has_connected(&there[0])), Ordering::Relaxed);
+                        there.pop_front();
+                    }
+                }
+            }
+            let still = there.iter().filter(|socket| has_connected(socket)).count();
+            made.fetch_add(still, Ordering::Relaxed);
+        });
+        while !all(&crowded) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let done = done();
+        no_more.store(true, Ordering::Relaxed);
+        coming.join().unwrap();
+        nobody.store(true, Ordering::Relaxed);
+        (made.load(Ordering::Relaxed), asked.join().unwrap(), done)
+    })
+}
+
+/// Connects without waiting: where the daemon takes nobody more for now, the kernel goes on trying.
+fn begin_to_connect(address: SocketAddr) -> OwnedFd {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+    // Closed at once: a port in TIME_WAIT could not be had again.
+    set_socket_linger(&socket, Some(Duration::ZERO)).unwrap();
+    match connect(&socket, &address) {
+        Ok(()) | Err(Errno::INPROGRESS) => socket,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Whether a connection has come to be.
+fn has_connected(socket: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::OUT)];
+    let there = poll(&mut polled, Some(&Timespec::default())).unwrap() == 1;
+    there && socket_error(socket).is_ok_and(|error| error.is_ok())
+}
