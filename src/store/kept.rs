@@ -18,13 +18,14 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
 
 use super::check::check;
 use super::image::Image;
 use super::pages::{Index, Layer, PAGE, PageRange, Run};
 use super::quota::{Charge, Quota};
 use super::snapshot::{Images, Memory, Sender, Snapshot, State};
-use super::turns::at_once;
+use super::turns::{Turns, at_once};
 use super::{Key, Store, needs_view};
 use crate::criu::names::{check_id, check_image, check_list};
 use crate::criu::pages::is_pages_image;
@@ -42,6 +43,8 @@ const HEAD: usize = 16;
 /// Images below this length, in bytes, are in the record itself. Most of a dump's images are, and few of its
 /// bytes: systemd keeps some thousand files for a service.
 const SMALL: u64 = 64 * 1024;
+/// So many bytes of text are written at once.
+const PIECE: usize = 1 << 20;
 
 /// A whole snapshot, to be kept.
 #[derive(Debug)]
@@ -50,6 +53,10 @@ pub struct Kept {
     pub record: File,
     /// For the record's bytes.
     pub charge: Charge,
+    /// The images that it says.
+    pub images: Rc<Images>,
+    /// Whether it says that a restore has taken them.
+    pub taken: bool,
 }
 
 /// Files that were kept, by their names.
@@ -113,16 +120,21 @@ impl Store {
 
     /// Writes the record of a snapshot, which is charged for before: without room for it there is none. `name` is asked for
     /// the name of each file that is to be kept with it. `None` if it cannot be restored.
-    pub fn keep(
+    ///
+    /// Others have their turn all the while.
+    pub async fn keep(
         &self,
         key: Key,
         name: impl FnMut(&Rc<File>) -> String,
     ) -> Option<io::Result<Kept>> {
-        let snapshots = self.snapshots.borrow();
-        let snapshot = snapshots.get(&key)?;
-        let (State::Whole(images) | State::Taken(images)) = &snapshot.state else { return None };
-        let lists = self.lists.borrow().names_of(&snapshot.id, snapshot.sender.host);
-        Some(write(snapshot, images, key, lists, name, &self.quota))
+        let (text, images) = self.look(key, |snapshot| {
+            let (State::Whole(images) | State::Taken(images)) = &snapshot.state else {
+                return None;
+            };
+            let lists = self.lists.borrow().names_of(&snapshot.id, snapshot.sender.host);
+            Some((Text::of(snapshot, key, lists), images.clone()))
+        })??;
+        Some(write(text, images, name, &self.quota).await)
     }
 
     /// Holds the snapshots of some records again, even beyond the limits. For each its id and the
@@ -231,16 +243,36 @@ impl Place {
     }
 }
 
-fn write(
-    snapshot: &Snapshot,
-    images: &Images,
-    key: Key,
-    lists: Vec<String>,
+impl Text {
+    /// All but the images.
+    fn of(snapshot: &Snapshot, key: Key, lists: Vec<String>) -> Text {
+        let age_ms = u64::try_from(snapshot.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let is_taken = matches!(snapshot.state, State::Taken(_));
+        Text {
+            id: snapshot.id.clone(),
+            sender: snapshot.sender.name.clone(),
+            host: snapshot.sender.host,
+            attempt: snapshot.sender.attempt,
+            begun_ms: snapshot.begun_ms,
+            ended_ms: snapshot.ended_ms,
+            reserved: snapshot.reserved,
+            memory_may_have_changed: snapshot.memory != Memory::AsFrozen,
+            lists,
+            age: key.0,
+            taken_ms: is_taken.then(|| now_ms().saturating_sub(age_ms)),
+            images: Vec::new(),
+        }
+    }
+}
+
+async fn write(
+    mut text: Text,
+    images: Rc<Images>,
     mut name: impl FnMut(&Rc<File>) -> String,
     quota: &Quota,
 ) -> io::Result<Kept> {
     let mut end = HEAD as u64;
-    let (mut kept, mut small) = (Vec::new(), Vec::new());
+    let (mut small, mut turns) = (Vec::new(), Turns::new());
     for image in images.values() {
         let bytes = match image.memfd() {
             _ if image.len() < SMALL => {
@@ -250,38 +282,34 @@ fn write(
                 Place::Record(begin)
             }
             Ok(file) => Place::File(name(file)),
-            Err(index) => Place::Pages(pages_of(index, &mut name)),
+            Err(index) => Place::Pages(pages_of(index, &mut name, &mut turns).await),
         };
-        kept.push(KeptImage { name: image.name().to_owned(), len: image.len(), bytes });
+        text.images.push(KeptImage { name: image.name().to_owned(), len: image.len(), bytes });
+        turns.pass().await;
     }
-    let age_ms = u64::try_from(snapshot.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let taken_ms =
-        matches!(snapshot.state, State::Taken(_)).then(|| now_ms().saturating_sub(age_ms));
-    let text = Text {
-        id: snapshot.id.clone(),
-        sender: snapshot.sender.name.clone(),
-        host: snapshot.sender.host,
-        attempt: snapshot.sender.attempt,
-        begun_ms: snapshot.begun_ms,
-        ended_ms: snapshot.ended_ms,
-        reserved: snapshot.reserved,
-        memory_may_have_changed: snapshot.memory != Memory::AsFrozen,
-        lists,
-        age: key.0,
-        taken_ms,
-        images: kept,
-    };
-    let text = serde_json::to_vec(&text)?;
+    let (id, taken) = (text.id.clone(), text.taken_ms.is_some());
+    let text = encode(text).await?;
     let charge = quota.charge_now(Image::needs(end + text.len() as u64));
     let charge = charge.map_err(io::Error::other)?;
-    let record: File = memfd::create(&format!("{} (record)", snapshot.id))?.into();
+    let record: File = memfd::create(&format!("{id} (record)"))?.into();
     for (image, begin) in small {
         copy(image, &record, begin)?;
+        turns.pass_after_much().await;
     }
-    record.write_all_at(&text, end)?;
-    let magic = if taken_ms.is_some() { MAGIC_OF_TAKEN } else { MAGIC };
+    for (piece, at) in text.chunks(PIECE).zip((end..).step_by(PIECE)) {
+        record.write_all_at(piece, at)?;
+        turns.pass_after_much().await;
+    }
+    let magic = if taken { MAGIC_OF_TAKEN } else { MAGIC };
     record.write_all_at(&[magic, end.to_le_bytes()].concat(), 0)?;
-    Ok(Kept { record, charge })
+    Ok(Kept { record, charge, images, taken })
+}
+
+/// Makes JSON of it: on a thread, as there may be some hundred thousand runs of pages, which take as many microseconds.
+async fn encode(text: Text) -> io::Result<Vec<u8>> {
+    // The other error is a panic.
+    let encoded = spawn_blocking(move || serde_json::to_vec(&text)).await;
+    Ok(encoded.map_err(io::Error::other)??)
 }
 
 /// What a record is charged for, in bytes.
@@ -301,12 +329,17 @@ fn copy(image: &Image, record: &File, mut at: u64) -> io::Result<()> {
     Ok(())
 }
 
-fn pages_of(index: &Index, mut name: impl FnMut(&Rc<File>) -> String) -> Vec<(String, u64, u64)> {
-    let place = |run: &Rc<Run>| {
-        let file = name(run.layer().shared_file());
-        (file, run.offset() / PAGE, run.range().pages())
-    };
-    index.runs().map(place).collect()
+async fn pages_of(
+    index: &Index,
+    name: &mut impl FnMut(&Rc<File>) -> String,
+    turns: &mut Turns,
+) -> Vec<(String, u64, u64)> {
+    let mut pages = Vec::new();
+    for run in index.runs() {
+        pages.push((name(run.layer().shared_file()), run.offset() / PAGE, run.range().pages()));
+        turns.pass().await;
+    }
+    pages
 }
 
 fn read(record: &File) -> Result<Text, Lost> {

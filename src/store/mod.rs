@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 pub use claim::{Claim, Permission, Unavailable};
-pub use closing::close_in_background;
+pub use closing::{close, close_in_background};
 pub use files::NoFiles;
 pub use image::{Image, Part};
 pub use kept::{Again, Files, Kept, Lost};

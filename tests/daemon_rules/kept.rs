@@ -28,6 +28,8 @@ struct Manager {
     sockets: Vec<(&'static str, OwnedFd)>,
     link: SocketAddr,
     kept: Kept,
+    /// Whoever holds it keeps the manager from reading what it is sent.
+    reading: Arc<Mutex<()>>,
 }
 
 impl Manager {
@@ -43,9 +45,10 @@ impl Manager {
         ];
         let notices = UnixDatagram::bind(dir.path().join("notify")).unwrap();
         let kept = Kept::default();
-        let keeping = kept.clone();
-        std::thread::spawn(move || while take_notice(&notices, &keeping) {});
-        Manager { dir, sockets, link, kept }
+        let reading = Arc::default();
+        let (keeping, turn) = (kept.clone(), Arc::clone(&reading));
+        std::thread::spawn(move || while take_notice(&notices, &turn, &keeping) {});
+        Manager { dir, sockets, link, kept, reading }
     }
 
     fn dir(&self) -> &Path {
@@ -88,7 +91,8 @@ impl Manager {
     }
 }
 
-fn take_notice(socket: &UnixDatagram, kept: &Kept) -> bool {
+fn take_notice(socket: &UnixDatagram, reading: &Mutex<()>, kept: &Kept) -> bool {
+    drop(reading.lock());
     let mut text = [0; 4096];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -178,6 +182,28 @@ fn what_is_dropped_is_not_kept() {
     manager.send(&pages());
     assert_eq!(ctl(manager.dir(), &["drop", "web"]).0, 0);
     assert!(eventually(|| manager.names().is_empty()));
+}
+
+#[test]
+fn a_manager_that_reads_nothing_for_a_while_holds_up_nobody_who_does_not_rely_on_it() {
+    let manager = Manager::new();
+    let _cache = manager.start("4096");
+    manager.send(&pages());
+    let reading = manager.reading.lock().unwrap();
+    // As full as the messages of thousands of files make it.
+    let other = UnixDatagram::unbound().unwrap();
+    other.connect(manager.dir().join("notify")).unwrap();
+    other.set_nonblocking(true).unwrap();
+    while other.send(b"STATUS=").is_ok() {}
+    assert_eq!(ctl(manager.dir(), &["drop", "web"]).0, 0);
+    let begun = std::time::Instant::now();
+    // The daemon has notices of its own once a second.
+    while begun.elapsed() < std::time::Duration::from_millis(2500) {
+        assert!(status(manager.dir()).contains("criu-image-cache"));
+    }
+    assert!(!manager.names().is_empty());
+    drop(reading);
+    assert!(eventually(|| manager.names().is_empty()), "{:?}", manager.names());
 }
 
 #[test]

@@ -91,7 +91,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn keep(&mut self, store: &Store, key: Key) {
+    async fn keep(&mut self, store: &Store, key: Key) {
         let files = &mut self.files;
         let kept = store.keep(key, |file| {
             let known = files.iter().find(|(_, known)| Rc::ptr_eq(known, file));
@@ -100,7 +100,7 @@ impl Keeper {
             files.insert(name.clone(), file.clone());
             name
         });
-        self.records.push(kept.unwrap().unwrap().record);
+        self.records.push(kept.await.unwrap().unwrap().record);
     }
 
     /// As it gets them after the cache: other descriptors of the same files.
@@ -149,8 +149,8 @@ async fn what_is_held_again_is_what_was_kept() {
     before.reserve(db);
     let mut keeper = Keeper::default();
     // In an order of its own.
-    keeper.keep(&before, db);
-    keeper.keep(&before, web);
+    keeper.keep(&before, db).await;
+    keeper.keep(&before, web).await;
     assert_eq!(keeper.files.len(), 1, "all but one image are small");
 
     let after = store();
@@ -181,7 +181,7 @@ async fn pages_of_several_rounds_are_held_where_they_are_and_shared() {
         Rc::make_mut(images).extend(pages);
     });
     let mut keeper = Keeper::default();
-    keeper.keep(&before, key);
+    keeper.keep(&before, key).await;
     assert_eq!(keeper.files.len(), 2, "the layers of two rounds");
     let expected = contents(&before, "web");
     let held: u64 = before.quota().used();
@@ -217,8 +217,8 @@ async fn a_pages_image_stays_while_another_snapshot_shows_pages_of_it() {
         Rc::make_mut(images).insert("pages-1.img".to_owned(), Rc::new(image));
     });
     let mut keeper = Keeper::default();
-    keeper.keep(&before, parent);
-    keeper.keep(&before, child);
+    keeper.keep(&before, parent).await;
+    keeper.keep(&before, child).await;
     assert_eq!(keeper.files.len(), 1);
 
     // The parent is lost, and that is no loss for the child.
@@ -247,15 +247,15 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
     let before = store();
     let key = whole(&before, "web", &[("pages-1.img", bytes(32 * PAGE, 1))]).await;
     let good = whole(&before, "db", &[]).await;
-    let text = |change: fn(&mut Text)| {
-        let mut keeper = Keeper::default();
-        keeper.keep(&before, key);
-        keeper.records[0] = with_text(&keeper.records[0], change);
-        keeper
+    let (mut kept, mut other) = (Keeper::default(), Keeper::default());
+    kept.keep(&before, key).await;
+    other.keep(&before, good).await;
+    let text = |change: fn(&mut Text)| Keeper {
+        records: vec![with_text(&kept.records[0], change)],
+        files: kept.files.clone(),
     };
     let raw = |at: u64, bytes: &[u8]| {
-        let mut keeper = Keeper::default();
-        keeper.keep(&before, key);
+        let keeper = text(|_| ());
         keeper.records[0].write_all_at(bytes, at).unwrap();
         keeper
     };
@@ -316,11 +316,7 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
         ),
     ] {
         let mut keeper = keeper;
-        keeper.records.insert(0, {
-            let mut other = Keeper::default();
-            other.keep(&before, good);
-            other.records.pop().unwrap()
-        });
+        keeper.records.insert(0, with_text(&other.records[0], |_| ()));
         let after = store();
         let mut again = keeper.again(&after);
         let lost = again.pop().unwrap().unwrap_err();
@@ -337,13 +333,13 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
 async fn only_what_can_be_restored_is_kept() {
     let store = store();
     let key = store.begin("web", &sender()).unwrap();
-    assert!(store.keep(key, |_| unreachable!()).is_none());
+    assert!(store.keep(key, |_| unreachable!()).await.is_none());
     assert!(store.restorable().is_empty());
     add(&store, key, "inventory.img", RECORDS).await;
     store.complete(key, false).await.unwrap();
-    assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
+    assert!(store.keep(key, |_| unreachable!()).await.unwrap().is_ok());
     store.claim(key, Permission::default()).unwrap().taken();
-    assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
+    assert!(store.keep(key, |_| unreachable!()).await.unwrap().is_ok());
     store.expire(std::time::Instant::now() + Duration::from_secs(3600));
     assert!(store.restorable().is_empty());
 }
@@ -355,7 +351,7 @@ async fn what_was_taken_is_held_again_as_that_for_the_rest_of_its_time() {
     add(&before, key, "inventory.img", RECORDS).await;
     at_once(before.complete(key, false)).unwrap();
     before.claim(key, Permission::default()).unwrap().taken();
-    let kept = before.keep(key, |_| unreachable!()).unwrap().unwrap();
+    let kept = before.keep(key, |_| unreachable!()).await.unwrap().unwrap();
     let mut head = [0; 8];
     kept.record.read_exact_at(&mut head, 0).unwrap();
     assert_ne!(head, MAGIC, "a cache that does not know it must not hold it as whole");
@@ -400,7 +396,7 @@ async fn small_images_are_not_copied_where_there_is_no_room_for_them() {
         store.complete(key, true).await.unwrap();
     }
     for (key, ..) in store.restorable() {
-        match store.keep(key, |_| panic!("all of them are small")).unwrap() {
+        match store.keep(key, |_| panic!("all of them are small")).await.unwrap() {
             Ok(record) => kept.push(record),
             Err(why) => refused.push(why.to_string()),
         }
@@ -411,7 +407,7 @@ async fn small_images_are_not_copied_where_there_is_no_room_for_them() {
     assert!(refused[0].contains("(store.max-bytes) are held"), "{refused:?}");
     store.drop_snapshot("web/0");
     let (key, ..) = store.restorable().remove(0);
-    let record = store.keep(key, |_| panic!("all of them are small")).unwrap().unwrap();
+    let record = store.keep(key, |_| panic!("all of them are small")).await.unwrap().unwrap();
     let held = record.record.metadata().unwrap().blocks() * 512;
     assert_eq!(record.charge.bytes(), held);
     assert_eq!(store.quota().used(), 20 * IMAGE + held);
