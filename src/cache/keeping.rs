@@ -1,5 +1,5 @@
 //! What systemd keeps of this cache's snapshots while it does not run. They are kept from the moment that they are
-//! whole, before their sender is told so, and with another record when a restore has taken them; they are forgotten with the
+//! whole, before their sender is told so, and their record says so when a restore has taken them; they are forgotten with the
 //! snapshot.
 //!
 //! One [task](Keeping::run) alone sends systemd its messages, so that they come in their order. Whoever relies on what they say
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::daemon::fd_store::{self, file_name, record_name};
 use crate::daemon::journal;
-use crate::store::{Charge, Files, Images, Key, Store, close};
+use crate::store::{self, Files, Images, Key, Record, Store, close};
 
 /// What is kept.
 #[derive(Debug, Default)]
@@ -28,8 +28,8 @@ pub(super) struct Keeping {
     snapshots: RefCell<BTreeMap<Key, Snapshot>>,
     /// Files with bytes of images, by their descriptors: those stay open as long as they are here.
     files: RefCell<BTreeMap<RawFd, KeptFile>>,
-    /// The names of records that systemd is to close, and what they are charged for until then.
-    stale: RefCell<VecDeque<(String, Option<Charge>)>>,
+    /// The names of records that systemd is to close; they are charged for until it has been told so.
+    stale: RefCell<VecDeque<(String, Option<Rc<Record>>)>>,
     /// How often somebody has asked for what is kept to be what can be restored, and how many of them have it so.
     asked: watch::Sender<u64>,
     followed: watch::Sender<u64>,
@@ -49,12 +49,11 @@ struct Kept {
     images: Rc<Images>,
     /// Whether the record says that it was taken.
     taken: bool,
-    /// The record's name.
-    record: String,
+    /// The record, and its name.
+    record: Rc<Record>,
+    name: String,
     /// The files that it needs.
     files: BTreeSet<RawFd>,
-    /// For the record.
-    charge: Charge,
 }
 
 #[derive(Debug)]
@@ -101,8 +100,9 @@ impl Keeping {
         let (records, files): (Vec<_>, Vec<_>) =
             kept.into_iter().partition(|(name, _)| fd_store::is_record(name));
         let files: Files = files.into_iter().map(|(name, file)| (name, Rc::new(file))).collect();
-        let (names, records): (Vec<String>, Vec<File>) = records.into_iter().unzip();
-        for (record, outcome) in names.into_iter().zip(store.hold_again(&records, &files)) {
+        let records = records.into_iter().map(|(name, record)| (name, Rc::new(record)));
+        let (names, records): (Vec<String>, Vec<Rc<File>>) = records.unzip();
+        for (name, outcome) in names.into_iter().zip(store.hold_again(&records, &files)) {
             match outcome {
                 Ok(again) => {
                     let id = &again.id;
@@ -116,12 +116,12 @@ impl Keeping {
                     let found = needed.iter().filter_map(|name| Some((name, files.get(name)?)));
                     let files =
                         found.map(|(name, file)| self.need(|| name.clone(), file, true)).collect();
-                    let (images, taken) = (again.images, again.taken);
-                    let kept = Kept { images, taken, record, files, charge: again.charge };
+                    let (images, taken, record) = (again.images, again.taken, again.record);
+                    let kept = Kept { images, taken, record, name, files };
                     self.snapshots.borrow_mut().insert(again.key, Snapshot::Kept(kept));
                 }
                 Err(lost) => {
-                    self.stale.borrow_mut().push_back((record, None));
+                    self.stale.borrow_mut().push_back((name, None));
                     let id = lost.id.as_deref().unwrap_or("unknown");
                     let criu_reason = &lost.why;
                     tracing::warn!(
@@ -187,7 +187,9 @@ impl Keeping {
         let here: BTreeSet<Key> = restorable.iter().map(|(key, ..)| *key).collect();
         let gone = |key: &Key| !here.contains(key);
         let gone: Vec<Key> = self.snapshots.borrow().keys().copied().filter(gone).collect();
-        gone.into_iter().for_each(|key| self.forget(key));
+        for key in gone {
+            self.replace(key, None);
+        }
         self.forget_records().await;
         for (key, images, taken) in restorable {
             if self.snapshots.borrow().get(&key).is_some_and(|known| known.has(&images, taken)) {
@@ -204,12 +206,10 @@ impl Keeping {
                     "snapshot {id} would be lost if the cache stopped: {why}"
                 );
             }
-            // What was kept before is good until now.
-            self.forget(key);
-            self.forget_records().await;
             let not_kept = |_| Snapshot::NotKept(Rc::downgrade(&images), taken);
             let known = kept.map_or_else(not_kept, Snapshot::Kept);
-            self.snapshots.borrow_mut().insert(key, known);
+            self.replace(key, Some(known));
+            self.forget_records().await;
         }
     }
 
@@ -236,25 +236,41 @@ impl Keeping {
                 return Some(Err(error.to_string()));
             }
         };
-        let record = record_name(self.next_number());
-        if let Err(why) = self.tell(&files, &record, &kept.record).await {
-            self.need_no_more(&files);
-            return Some(Err(why));
+        // It says something else from now on, if systemd has it already.
+        let name = match self.snapshots.borrow().get(&key) {
+            Some(Snapshot::Kept(before)) if Rc::ptr_eq(&before.record, &kept.record) => {
+                Some(before.name.clone())
+            }
+            _ => None,
+        };
+        match self.tell(&files, &kept, name).await {
+            Ok(name) => {
+                let store::Kept { images, taken, record, .. } = kept;
+                Some(Ok(Kept { images, taken, record, name, files }))
+            }
+            Err(why) => {
+                self.need_no_more(&files);
+                Some(Err(why))
+            }
         }
-        let (images, taken) = (kept.images, kept.taken);
-        Some(Ok(Kept { images, taken, record, files, charge: kept.charge }))
     }
 
-    /// Has systemd keep a record, and those files that it does not keep already.
-    async fn tell(&self, files: &BTreeSet<RawFd>, name: &str, record: &File) -> Result<(), String> {
+    /// Has systemd keep those files that it does not keep already, and a record that says so; returns the record's name, which it
+    /// has if systemd keeps that already.
+    async fn tell(
+        &self,
+        files: &BTreeSet<RawFd>,
+        kept: &store::Kept,
+        name: Option<String>,
+    ) -> Result<String, String> {
         let new = {
             let known = self.files.borrow();
             let new = files.iter().filter_map(|number| known.get(number)).filter(|file| !file.told);
             let new: Vec<_> = new.map(|file| (file.name.clone(), file.file.clone())).collect();
             new
         };
-        let (needs, room) = (new.len() + 1, self.room.get());
-        while self.told() + needs > room {
+        let (needs, room) = (new.len() + usize::from(name.is_none()), self.room.get());
+        while needs > 0 && self.told() + needs > room {
             if !self.forget_one().await {
                 let has = self.told();
                 return Err(format!(
@@ -270,7 +286,13 @@ impl Keeping {
                 file.told = true;
             }
         }
-        fd_store::keep(name, record).await.map_err(failed)
+        kept.write().await.map_err(|error| format!("its record cannot be written: {error}"))?;
+        let Some(name) = name else {
+            let name = record_name(self.next_number());
+            fd_store::keep(&name, kept.record.file()).await.map_err(failed)?;
+            return Ok(name);
+        };
+        Ok(name)
     }
 
     /// How many files systemd keeps.
@@ -281,12 +303,22 @@ impl Keeping {
         files + records + self.stale.borrow().len()
     }
 
-    /// Nobody needs what is kept of a snapshot any more.
-    fn forget(&self, key: Key) {
-        let known = self.snapshots.borrow_mut().remove(&key);
-        let Some(Snapshot::Kept(kept)) = known else { return };
-        self.stale.borrow_mut().push_back((kept.record, Some(kept.charge)));
-        self.need_no_more(&kept.files);
+    /// Another one is in the place of what is kept of a snapshot, or none: nobody needs what was there before.
+    fn replace(&self, key: Key, by: Option<Snapshot>) {
+        let name = match &by {
+            Some(Snapshot::Kept(kept)) => Some(kept.name.clone()),
+            _ => None,
+        };
+        let mut snapshots = self.snapshots.borrow_mut();
+        let before = match by {
+            Some(by) => snapshots.insert(key, by),
+            None => snapshots.remove(&key),
+        };
+        let Some(Snapshot::Kept(before)) = before else { return };
+        self.need_no_more(&before.files);
+        if Some(&before.name) != name.as_ref() {
+            self.stale.borrow_mut().push_back((before.name, Some(before.record)));
+        }
     }
 
     /// Has systemd close the records that nobody needs any more: nothing is held again by them from now on.

@@ -32,7 +32,7 @@ pub(super) async fn send(
     descriptor: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
     let Some(address) = env::var_os(SOCKET) else { return Ok(()) };
-    let text: String = states.iter().map(|state| format!("{state}\n")).collect();
+    let text = states.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
     let socket = connect(&address)?;
     let send = || send_message(&socket, text.as_bytes(), descriptor);
     socket.async_io(Interest::WRITABLE, send).await

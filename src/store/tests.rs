@@ -489,11 +489,15 @@ async fn others_have_their_turn_while_many_small_images_are_written_down() {
     let store = store(u64::MAX);
     let key = store.begin("web", &from("a")).unwrap();
     for image in 0..800 {
-        add(&store, key, &format!("sk-queues-{image}.img"), &[1; 60 << 10]).await.unwrap();
+        add(&store, key, &format!("sk-queues-{image}.img"), &vec![1; 60 << 10]).await.unwrap();
     }
-    store.complete(key, true).await.unwrap();
-    let (longest, kept) = longest_wait(store.keep(key, |_| unreachable!())).await;
-    assert!(kept.unwrap().is_ok() && longest < TURN, "{longest:?}");
+    let (longest, kept) = longest_wait(async {
+        store.complete(key, true).await.unwrap();
+        let kept = store.keep(key, |_| unreachable!()).await.unwrap().unwrap();
+        kept.write().await
+    })
+    .await;
+    assert!(kept.is_ok() && longest < TURN, "{longest:?}");
 }
 
 /// A snapshot of an attempt to move a process, whole.
