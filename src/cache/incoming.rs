@@ -114,7 +114,7 @@ impl<'a> Incoming<'a> {
                 return self.page_data(reader, snapshot, len).await;
             }
             Action::Forget { id } => self.forget(&id),
-            Action::Withdraw(withdraw) => self.withdraw(&withdraw),
+            Action::Withdraw(withdraw) => self.withdraw(&withdraw).await,
             Action::CompleteRound { snapshot, spaces, bytes } => {
                 self.complete_round(snapshot, spaces, bytes);
             }
@@ -222,7 +222,7 @@ impl<'a> Incoming<'a> {
     }
 
     /// The source has given up the attempt to move a process, and waits for the answer.
-    fn withdraw(&mut self, withdraw: &SnapshotWithdraw) {
+    async fn withdraw(&mut self, withdraw: &SnapshotWithdraw) {
         let SnapshotWithdraw { request, id, attempt, reason } = withdraw;
         let outcome = match check_id(id) {
             Ok(()) => self.store.withdraw(id, self.sender.host, *attempt, reason),
@@ -237,7 +237,7 @@ impl<'a> Incoming<'a> {
             Withdrawn::Unknown => Outcome::Unknown,
         };
         // What systemd keeps of it goes, before the source relies on that.
-        self.cache.keeping.follow(self.store);
+        self.cache.keeping.follow().await;
         let answer = SnapshotWithdrawn { request: *request, outcome: outcome.into() };
         self.answer(Message::SnapshotWithdrawn(answer));
     }
@@ -417,7 +417,7 @@ impl<'a> Incoming<'a> {
         match completed {
             Ok(()) => {
                 // Whoever is told that it is here may end the process.
-                self.cache.keeping.follow(self.store);
+                self.cache.keeping.follow().await;
                 self.cache.figures.received.observe(started.elapsed());
                 tracing::info!(
                     message_id = journal::SNAPSHOT_WHOLE,

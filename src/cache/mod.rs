@@ -132,10 +132,7 @@ impl Cache {
 
     /// Has systemd keep what is whole, as long as the cache runs.
     async fn keep(self: Rc<Self>) {
-        let mut changed = self.store.watch();
-        while changed.changed().await.is_ok() {
-            self.keeping.follow(&self.store);
-        }
+        self.keeping.run(&self.store).await;
     }
 
     /// Serves the one proxy that is connected already.
@@ -388,8 +385,8 @@ impl Daemon for Cache {
         well
     }
 
-    fn farewell(&self) {
-        self.keeping.follow(&self.store);
+    async fn farewell(&self) {
+        self.keeping.follow().await;
         self.store.for_each(|snapshot| {
             if self.store.key_of(&snapshot.id).is_some_and(|key| self.keeping.has(key)) {
                 let (message_id, id) = (journal::SNAPSHOT_LEFT, snapshot.id.as_str());

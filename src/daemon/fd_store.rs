@@ -7,6 +7,8 @@ use std::os::fd::AsFd;
 
 use sd_notify::NotifyState;
 
+use super::notify;
+
 /// Files with bytes of images; several snapshots may need one.
 const FILE: &str = "image-";
 /// Files that say what a snapshot is. They are told by their names: what an image says is its sender's.
@@ -18,7 +20,7 @@ const MAX: usize = 4096;
 
 /// How many files systemd keeps for this service; 0 without systemd.
 pub fn room() -> usize {
-    if std::env::var_os("NOTIFY_SOCKET").is_none() {
+    if !notify::is_read() {
         return 0;
     }
     // Before 254 systemd does not tell.
@@ -53,14 +55,14 @@ pub fn number(name: &str) -> Option<u64> {
 
 /// Has systemd keep a file. It is kept from now on, even if this process is killed at once: systemd reads its
 /// messages before it looks for dead processes.
-pub fn keep(name: &str, file: &File) -> io::Result<()> {
-    sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(name)], &[file.as_fd()])
+pub async fn keep(name: &str, file: &File) -> io::Result<()> {
+    notify::send(&[NotifyState::FdStore, NotifyState::FdName(name)], Some(file.as_fd())).await
 }
 
 /// Has systemd close what it keeps under a name.
-pub fn forget(name: &str) {
+pub async fn forget(name: &str) {
     let forget = [NotifyState::FdStoreRemove, NotifyState::FdName(name)];
-    if let Err(error) = sd_notify::notify(&forget) {
+    if let Err(error) = notify::send(&forget, None).await {
         tracing::warn!("systemd cannot be told to close {name}, which it keeps: {error}");
     }
 }

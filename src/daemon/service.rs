@@ -50,7 +50,7 @@ pub trait Daemon: Sized + 'static {
     /// was closed. Returns whether nothing was lost with it. Otherwise a daemon is never done.
     fn over(&self) -> impl Future<Output = bool>;
     /// The last call: tells the journal what is lost.
-    fn farewell(&self);
+    fn farewell(&self) -> impl Future<Output = ()>;
 }
 
 /// The settings in force: those of the file, and the options over them.
@@ -81,12 +81,12 @@ pub(super) fn run<D: Daemon>(
         let (message_id, version) = (journal::DAEMON_STARTED, env!("CARGO_PKG_VERSION"));
         tracing::info!(message_id, "{} {version} serves {served}", D::NAME);
         given.readiness.report()?;
-        notify::ready(&daemon.status_line());
+        notify::ready(&daemon.status_line()).await;
         let well = serve(&*daemon, options, logging, &mut signals).await;
         let message_id = journal::DAEMON_STOPPING;
         tracing::info!(message_id, "{} stops: {}", D::NAME, daemon.status_line());
         drain(&*daemon, &mut signals).await;
-        daemon.farewell();
+daemon.farewell().await;
         logging.tell_left_out(true);
         let message_id = journal::DAEMON_STOPPED;
         tracing::info!(message_id, "{} has stopped: {}", D::NAME, daemon.status_line());
@@ -139,7 +139,7 @@ async fn serve<D: Daemon>(
                 return well;
             }
             _ = signals.hang_up.recv() => {
-                reload(daemon, options, logging);
+                reload(daemon, options, logging).await;
                 shown.clear();
             }
             _ = tick.tick() => {
@@ -147,18 +147,18 @@ async fn serve<D: Daemon>(
                 logging.tell_left_out(false);
                 let line = daemon.status_line();
                 if line != shown {
-                    notify::status(&line);
+                    notify::status(&line).await;
                     shown = line;
                 }
-                notify::watchdog();
+                notify::watchdog().await;
             }
         }
     }
 }
 
 /// Reads the configuration again. One that is refused changes nothing.
-fn reload<D: Daemon>(daemon: &D, options: &Common, logging: &Logging) {
-    notify::reloading();
+async fn reload<D: Daemon>(daemon: &D, options: &Common, logging: &Logging) {
+    notify::reloading().await;
     logging.reopen();
     match load::<D>(options) {
         Ok(mut settings) => {
@@ -172,7 +172,7 @@ fn reload<D: Daemon>(daemon: &D, options: &Common, logging: &Logging) {
             "configuration not reloaded, the old one stays: {error}"
         ),
     }
-    notify::ready(&daemon.status_line());
+    notify::ready(&daemon.status_line()).await;
 }
 
 /// Lets the sessions under way end, as long as they make progress. A second signal ends that.
@@ -181,7 +181,7 @@ async fn drain<D: Daemon>(daemon: &D, signals: &mut Signals) {
     let mut tick = interval(TICK);
     let mut progress = (daemon.progress(), Instant::now());
     while daemon.sessions() > 0 {
-        notify::stopping(&format!("stopping: {}", daemon.status_line()), DRAIN_PATIENCE);
+        notify::stopping(&format!("stopping: {}", daemon.status_line()), DRAIN_PATIENCE).await;
         tokio::select! {
             () = signals.stop() => {
                 tell_cut(daemon, "the daemon was told to stop once more");
@@ -189,7 +189,7 @@ async fn drain<D: Daemon>(daemon: &D, signals: &mut Signals) {
             }
             _ = tick.tick() => {
                 daemon.tick();
-                notify::watchdog();
+                notify::watchdog().await;
             }
         }
         if daemon.progress() != progress.0 {
@@ -199,7 +199,7 @@ async fn drain<D: Daemon>(daemon: &D, signals: &mut Signals) {
             break;
         }
     }
-    notify::stopping("stopped", Duration::from_secs(5));
+    notify::stopping("stopped", Duration::from_secs(5)).await;
 }
 
 fn tell_cut(daemon: &impl Daemon, criu_reason: &str) {

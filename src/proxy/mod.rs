@@ -215,7 +215,7 @@ impl Daemon for Proxy {
         self.links.over().await
     }
 
-    fn farewell(&self) {
+    async fn farewell(&self) {
         let criu_reason = "the proxy was stopped";
         self.records.abandon(criu_reason);
         // Who works on them does not come to say it.

@@ -1,6 +1,7 @@
 //! Files that nobody holds any more are closed by a thread: the kernel takes 0.1 s and more to free a gigabyte.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::fs::File;
 use std::rc::Rc;
 
@@ -26,9 +27,9 @@ struct Unused {
     come: Rc<Notify>,
 }
 
-/// Closes a file when nobody else holds it, and gives back what was charged for it then: at once where there is nobody who
-/// does it in the background, as at the thread's end.
-pub(super) fn close(file: &Rc<File>, charge: Option<Charge>) {
+/// Somebody holds a file no more. When nobody does it is closed, and what was charged for it is given back: at once where there
+/// is nobody who does it in the background, as at the thread's end.
+pub fn close(file: &Rc<File>, charge: Option<Charge>) {
     let mut part = Some((file.clone(), charge));
     let _ = UNUSED.try_with(|unused| {
         if unused.awaited.get() {
@@ -42,14 +43,21 @@ pub(super) fn close(file: &Rc<File>, charge: Option<Charge>) {
 pub async fn close_in_background() {
     let come = UNUSED.with(|unused| unused.come.clone());
     let _awaited = Awaited::begin();
+    // What others hold still, who say so when they hold it no more.
+    let mut held: HashMap<*const File, Vec<Charge>> = HashMap::new();
     loop {
         come.notified().await;
-        let (files, charges): (Vec<_>, Vec<_>) =
-            UNUSED.with(|unused| unused.files.take()).into_iter().unzip();
-        let bytes: u64 = charges.iter().flatten().map(Charge::bytes).sum();
-        let is_much = bytes > LITTLE || files.len() > FEW;
-        let last: Vec<File> = files.into_iter().filter_map(Rc::into_inner).collect();
-        if is_much {
+        let (mut last, mut charges): (Vec<File>, Vec<Charge>) = (Vec::new(), Vec::new());
+        for (file, charge) in UNUSED.with(|unused| unused.files.take()) {
+            let known = Rc::as_ptr(&file);
+            held.entry(known).or_default().extend(charge);
+            if let Some(file) = Rc::into_inner(file) {
+                last.push(file);
+                charges.extend(held.remove(&known).into_iter().flatten());
+            }
+        }
+        let bytes: u64 = charges.iter().map(Charge::bytes).sum();
+        if bytes > LITTLE || last.len() > FEW {
             // It can fail only by a panic, and to close a file has none.
             let _ = spawn_blocking(move || drop(last)).await;
         } else {

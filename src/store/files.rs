@@ -5,9 +5,10 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::image::Image;
+use super::image::{Image, Place};
 use super::quota::Exhausted;
 use super::snapshot::{Images, Snapshot, State};
+use super::turns::Turns;
 use super::{Key, Store};
 use crate::sys::pipe::{Pipe, transfer_from_file, transfer_to_file};
 
@@ -63,6 +64,7 @@ impl Store {
         let turn = turn.ok_or(NoFiles::NotWhole)?;
         let _turn = turn.lock().await;
         let held = self.held_images(key)?;
+        self.set_apart(&held, patience).await?;
         let apart = held.values().filter(|image| image.as_file().is_none());
         let apart: Vec<Rc<Image>> = apart.cloned().collect();
         // Each is let go as soon as there is another in its place.
@@ -80,6 +82,23 @@ impl Store {
             _ => None,
         });
         images.flatten().ok_or(NoFiles::NotWhole)
+    }
+
+    /// Small images are in one file together: each gets one of its own, beside that.
+    async fn set_apart(&self, images: &Images, patience: Duration) -> Result<(), NoFiles> {
+        let mut turns = Turns::new();
+        let small = |image: &&Rc<Image>| {
+            matches!(image.place(), Place::Record(..)) && image.as_file().is_none()
+        };
+        for image in images.values().filter(small) {
+            let name = || image.name().to_owned();
+            let charge =
+                self.quota.charge(Image::needs(image.len()), || image.len(), patience).await;
+            let charge = charge.map_err(|cause| NoFiles::NoRoom { name: name(), cause })?;
+            image.set_apart(charge).map_err(|cause| NoFiles::Failed { name: name(), cause })?;
+            turns.pass_after_much().await;
+        }
+        Ok(())
     }
 
     async fn brought_together(&self, image: &Image, patience: Duration) -> Result<Image, NoFiles> {

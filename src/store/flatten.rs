@@ -167,7 +167,10 @@ async fn place(
             let (mut left, mut start) = (Some(run.range()), offset / PAGE_SIZE);
             while let Some(range) = left {
                 // Each of them may be in another layer.
-                for held in source.pages(start, range.pages().min(PIECE)) {
+                let held = source.pages(start, range.pages().min(PIECE));
+                let apart =
+                    |why| format!("the pages of image {} cannot be shared: {why}", source.name());
+                for held in held.map_err(apart)? {
                     let pages = held.range().pages();
                     let Some((Some(range), rest)) = left.map(|left| left.split(pages)) else {
                         break;

@@ -1,4 +1,4 @@
-//! One image: in a memfd of its own, or made of pages that came apart from it.
+//! One image: in a memfd of its own, in its snapshot's record with others, or made of pages that came apart from it.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::fs::File;
@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use super::closing::close;
 use super::pages::{Index, Layer, PageRange, Run};
 use super::quota::Charge;
+use super::record::Record;
 use crate::sys::memfd;
 
 /// What the kernel gives memory in, in bytes. What an image is charged for is rounded up to it, and
@@ -43,6 +44,15 @@ enum Bytes {
         /// layer then.
         pages: OnceCell<Run>,
     },
+    /// In the record of its snapshot, which is charged for it.
+    Record {
+        /// The record.
+        record: Rc<Record>,
+        /// Where they begin there.
+        offset: u64,
+        /// A file of its own, once somebody has asked for one.
+        apart: OnceCell<Rc<Image>>,
+    },
     /// In the layers that the pages of a space came in. It holds them, and they are charged for.
     Pages {
         /// All of them, one after the other in the order of their addresses.
@@ -50,6 +60,29 @@ enum Bytes {
         /// Where the first of them is.
         first: Rc<Layer>,
     },
+}
+
+/// Where the bytes of an image are.
+#[derive(Debug)]
+pub(super) enum Place<'a> {
+    /// In a memfd, in which are no other's bytes than this image's.
+    Memfd(&'a Rc<File>),
+    /// In the snapshot's record, from an offset on.
+    Record(u64),
+    /// In the pages of an index.
+    Pages(&'a Index),
+}
+
+/// Copies a small image to an offset of a file.
+pub(super) fn copy_small(image: &Image, to: &File, mut at: u64) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(part) = image.part(done, u64::MAX) {
+        let mut bytes = vec![0; usize::try_from(part.len).map_err(io::Error::other)?];
+        part.file.read_exact_at(&mut bytes, part.offset)?;
+        to.write_all_at(&bytes, at)?;
+        (done, at) = (done + part.len, at + part.len);
+    }
+    Ok(())
 }
 
 /// Bytes of an image that follow each other in a file.
@@ -108,6 +141,16 @@ impl Image {
         image
     }
 
+    /// An image that is in a record: `len` bytes from `offset` on.
+    pub(super) fn in_record(name: &str, record: &Rc<Record>, offset: u64, len: u64) -> Image {
+        let charge = record.nothing();
+        let bytes = Bytes::Record { record: record.clone(), offset, apart: OnceCell::new() };
+        let image = Image::new(name, bytes, charge);
+        image.len.set(len);
+        image.end();
+        image
+    }
+
     fn new(name: &str, bytes: Bytes, charge: Charge) -> Image {
         Image {
             name: name.to_owned(),
@@ -139,11 +182,12 @@ impl Image {
         self.whole.get()
     }
 
-    /// The file that it begins in: all of it, and where more of it is written, unless it is made of pages
-    /// (see [`part`](Self::part)).
+    /// The file that it begins in: all of it, and where more of it is written, as long as it is coming (see
+    /// [`part`](Self::part)).
     pub fn file(&self) -> &File {
         match &self.bytes {
             Bytes::Memfd { file, .. } => file,
+            Bytes::Record { record, .. } => record.file(),
             Bytes::Pages { first, .. } => first.file(),
         }
     }
@@ -152,6 +196,7 @@ impl Image {
     pub fn as_file(&self) -> Option<&File> {
         let first = match &self.bytes {
             Bytes::Memfd { file, .. } => return Some(file),
+            Bytes::Record { apart, .. } => return apart.get()?.as_file(),
             Bytes::Pages { first, .. } => first,
         };
         let part = self.part(0, self.len())?;
@@ -159,13 +204,26 @@ impl Image {
         alone.then_some(part.file)
     }
 
-    /// The memfd that is this image, and no other's pages but this image's are in it; the error is the index of
-    /// the pages that it is made of.
-    pub(super) fn memfd(&self) -> Result<&Rc<File>, &Index> {
+    /// Where its bytes are, for whoever keeps them while there is no cache.
+    pub(super) fn place(&self) -> Place<'_> {
         match &self.bytes {
-            Bytes::Memfd { file, .. } => Ok(file),
-            Bytes::Pages { index, .. } => Err(index),
+            Bytes::Memfd { file, .. } => Place::Memfd(file),
+            Bytes::Record { offset, .. } => Place::Record(*offset),
+            Bytes::Pages { index, .. } => Place::Pages(index),
         }
+    }
+
+    /// Gives an image that is in a record a file of its own beside it, which stays as long as the image does, and takes over the
+    /// charge for that.
+    pub(super) fn set_apart(&self, charge: Charge) -> io::Result<()> {
+        if let Bytes::Record { apart, .. } = &self.bytes {
+            let image = Image::create(&self.name, charge)?;
+            copy_small(self, image.file(), 0)?;
+            image.grown_to(self.len());
+            image.end();
+            let _ = apart.set(Rc::new(image));
+        }
+        Ok(())
     }
 
     /// Where its bytes are from `offset` on: as many as follow each other in one file, at most `max` and
@@ -175,8 +233,12 @@ impl Image {
         if max == 0 {
             return None;
         }
-        let Bytes::Pages { index, .. } = &self.bytes else {
-            return Some(Part { file: self.file(), offset, len: max });
+        let index = match &self.bytes {
+            Bytes::Memfd { file, .. } => return Some(Part { file, offset, len: max }),
+            Bytes::Record { record, offset: begin, .. } => {
+                return Some(Part { file: record.file(), offset: begin + offset, len: max });
+            }
+            Bytes::Pages { index, .. } => index,
         };
         let (mut runs, skipped) = index.runs_at(offset / PAGE);
         let run = runs.next()?;
@@ -195,9 +257,17 @@ impl Image {
 
     /// The pages of a pages image that has ended, `count` from the one at `start` on: runs of them in order,
     /// whose addresses mean nothing. As long as somebody has them they stay, even when the image goes.
-    /// They are fewer if it has not so many.
-    pub(super) fn pages(&self, start: u64, count: u64) -> Vec<Run> {
-        match &self.bytes {
+    /// They are fewer if it has not so many. Those of an image that is in a record are [set apart](Self::set_apart) for it.
+    pub(super) fn pages(&self, start: u64, count: u64) -> Result<Vec<Run>, String> {
+        Ok(match &self.bytes {
+            Bytes::Record { record, apart, .. } => {
+                if apart.get().is_none() {
+                    let charge = record.charge_now(Image::needs(self.len()));
+                    let charge = charge.map_err(|exhausted| exhausted.to_string())?;
+                    self.set_apart(charge).map_err(|error| error.to_string())?;
+                }
+                return apart.get().map_or(Ok(Vec::new()), |image| image.pages(start, count));
+            }
             Bytes::Memfd { file, pages } => {
                 let all = self.len() / PAGE;
                 if all > 0 && pages.get().is_none() {
@@ -223,7 +293,12 @@ impl Image {
                 }
                 parts
             }
-        }
+        })
+    }
+
+    /// Takes the charge of an image that is whole and small, and in a memfd of its own: whoever asks has its bytes elsewhere.
+    pub(super) fn take_charge(&self) -> Charge {
+        self.charge.borrow_mut().take()
     }
 
     /// How many bytes it is charged for.
@@ -271,7 +346,11 @@ impl Image {
 impl Drop for Image {
     fn drop(&mut self) {
         if let Bytes::Memfd { file, .. } = &self.bytes {
-            close(file, Some(self.charge.get_mut().take()));
+            let charge = self.charge.get_mut().take();
+            // What is charged for elsewhere by now, as it was taken over, goes at once: it is small.
+            if charge.bytes() > 0 || Rc::strong_count(file) > 1 {
+                close(file, Some(charge));
+            }
         }
     }
 }
@@ -280,19 +359,25 @@ impl Drop for Image {
 #[derive(Debug)]
 pub(super) struct FromStart<'a> {
     file: &'a File,
+    begin: u64,
+    len: u64,
     at: u64,
 }
 
 impl Image {
-    /// Reads an image that is in a memfd of its own, in large pieces.
+    /// Reads an image that is in one file, in large pieces.
     pub(super) fn reader(&self) -> BufReader<FromStart<'_>> {
-        BufReader::with_capacity(READ, FromStart { file: self.file(), at: 0 })
+        let begin = if let Bytes::Record { offset, .. } = &self.bytes { *offset } else { 0 };
+        let from = FromStart { file: self.file(), begin, len: self.len(), at: 0 };
+        BufReader::with_capacity(READ, from)
     }
 }
 
 impl Read for FromStart<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let read = self.file.read_at(bytes, self.at)?;
+        let left = usize::try_from(self.len.saturating_sub(self.at)).unwrap_or(usize::MAX);
+        let len = bytes.len().min(left);
+        let read = self.file.read_at(&mut bytes[..len], self.begin + self.at)?;
         self.at += read as u64;
         Ok(read)
     }

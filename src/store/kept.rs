@@ -1,13 +1,15 @@
 //! Whole and taken snapshots as files that somebody keeps while there is no cache: systemd, in its file descriptor store.
 //!
-//! A *record* is a memfd that says what a snapshot is, and has the bytes of its small images, of which a
-//! dump has thousands. The bytes of all others stay in the files in which they are, which the record names;
-//! snapshots may share them.
+//! A *record* is a memfd that says what a snapshot is, and has the bytes of its small images, which are served from there
+//! ([`Record`]). The bytes of all others stay in the files in which they are, which the record names; snapshots may share them.
 //!
 //! ```text
 //! record:  magic │ where the text begins │ small images … │ text (JSON): id, sender, images, where their bytes are
 //!          8      8                                         to the end
 //! ```
+//!
+//! When something else is to be said, another text follows, and the head is written again. Until then the one of before is in
+//! force: whatever is behind it is not read.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,18 +20,19 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
 
 use super::check::check;
-use super::image::Image;
+use super::image::{self, Image};
 use super::pages::{Index, Layer, PAGE, PageRange, Run};
-use super::quota::{Charge, Quota};
+use super::quota::Quota;
+use super::record::{HEAD, Record, SMALL};
 use super::snapshot::{Images, Memory, Sender, Snapshot, State};
-use super::turns::at_once;
+use super::turns::{Turns, at_once};
 use super::{Key, Store, needs_view};
 use crate::criu::names::{check_id, check_image, check_list};
 use crate::criu::pages::is_pages_image;
 use crate::sys::clock::now_ms;
-use crate::sys::memfd;
 
 /// What a record begins with. The last is the version of the format: a cache that does not know it does
 /// not hold what is kept.
@@ -37,19 +40,23 @@ const MAGIC: [u8; 8] = *b"criukp\0\x01";
 /// What the record of a snapshot that was taken begins with. A cache of before knows whole ones only, and would let them
 /// be restored once more in silence.
 const MAGIC_OF_TAKEN: [u8; 8] = *b"criukp\0\x02";
-/// Length of what a record begins with, in bytes: the magic, and the text's place.
-const HEAD: usize = 16;
-/// Images below this length, in bytes, are in the record itself. Most of a dump's images are, and few of its
-/// bytes: systemd keeps some thousand files for a service.
-const SMALL: u64 = 64 * 1024;
-
-/// A whole snapshot, to be kept.
+/// A snapshot that can be restored, to be kept.
 #[derive(Debug)]
 pub struct Kept {
     /// What names the files, and has the small images.
-    pub record: File,
-    /// For the record's bytes.
-    pub charge: Charge,
+    pub record: Rc<Record>,
+    /// The images that it is to say.
+    pub images: Rc<Images>,
+    /// Whether it is to say that a restore has taken them.
+    pub taken: bool,
+    text: Vec<u8>,
+}
+
+impl Kept {
+    /// Writes it into the record: all files that it names have to be kept by then.
+    pub async fn write(&self) -> io::Result<()> {
+        self.record.write(if self.taken { MAGIC_OF_TAKEN } else { MAGIC }, &self.text).await
+    }
 }
 
 /// Files that were kept, by their names.
@@ -111,26 +118,41 @@ impl Store {
         snapshots.iter().filter_map(restorable).collect()
     }
 
-    /// Writes the record of a snapshot, which is charged for before: without room for it there is none. `name` is asked for
-    /// the name of each file that is to be kept with it. `None` if it cannot be restored.
-    pub fn keep(
+    /// What is to be said of a snapshot in its record. `name` is asked for the name of each file that is to be kept with it.
+    /// `None` if it cannot be restored.
+    ///
+    /// Others have their turn all the while.
+    pub async fn keep(
         &self,
         key: Key,
         name: impl FnMut(&Rc<File>) -> String,
     ) -> Option<io::Result<Kept>> {
-        let snapshots = self.snapshots.borrow();
-        let snapshot = snapshots.get(&key)?;
-        let (State::Whole(images) | State::Taken(images)) = &snapshot.state else { return None };
-        let lists = self.lists.borrow().names_of(&snapshot.id, snapshot.sender.host);
-        Some(write(snapshot, images, key, lists, name, &self.quota))
+        let (text, images, record) = {
+            let mut snapshots = self.snapshots.borrow_mut();
+            let snapshot = snapshots.get_mut(&key)?;
+            let (State::Whole(images) | State::Taken(images)) = &snapshot.state else {
+                return None;
+            };
+            let lists = self.lists.borrow().names_of(&snapshot.id, snapshot.sender.host);
+            let (text, images) = (Text::of(snapshot, key, lists), images.clone());
+            if snapshot.record.is_none() {
+                // There was no descriptor for it when it became whole.
+                match Record::create(&snapshot.id, &self.quota) {
+                    Ok(record) => snapshot.record = Some(record),
+                    Err(error) => return Some(Err(error)),
+                }
+            }
+            (text, images, snapshot.record.clone()?)
+        };
+        Some(describe(text, images, record, name).await)
     }
 
     /// Holds the snapshots of some records again, even beyond the limits. For each its id and the
     /// files that it needs, or why it cannot be held.
-    pub fn hold_again(&self, records: &[File], files: &Files) -> Vec<Result<Again, Lost>> {
+    pub fn hold_again(&self, records: &[Rc<File>], files: &Files) -> Vec<Result<Again, Lost>> {
         let mut layers =
             Layers { files, quota: &self.quota, known: BTreeMap::new(), held: Vec::new() };
-        let mut told: Vec<_> = records.iter().map(read).collect();
+        let mut told: Vec<_> = records.iter().map(|record| read(record)).collect();
         // As they came.
         // One that was just taken may have the record of before as well.
         let age = |told: &Result<Text, Lost>| {
@@ -144,15 +166,15 @@ impl Store {
             let text = std::mem::replace(&mut told[index], Err(Lost::default()));
             outcome[index] = Some(text.and_then(|text| {
                 let lost = |why| Lost { id: Some(text.id.clone()), why };
-                let images = images(&text, &records[index], &mut layers).map_err(lost)?;
-                let images = Rc::new(images);
-                let key = self.list_again(&text, images.clone()).map_err(lost)?;
+                let record = Record::kept(&records[index], text.images_end(), &self.quota);
+                let record = record.map_err(|error| lost(error.to_string()))?;
+                let images = Rc::new(images(&text, &record, &mut layers).map_err(lost)?);
+                let key = self.list_again(&text, images.clone(), &record).map_err(lost)?;
                 listed.push((text.ended_ms, key, text.host, text.lists.clone()));
                 let files = text.images.iter().flat_map(|image| image.bytes.files());
-                let charge = self.quota.charge_held(len_of(&records[index]));
                 let files = files.map(ToOwned::to_owned).collect();
                 let taken = text.taken_ms.is_some();
-                Ok(Again { key, id: text.id, images, taken, files, charge })
+                Ok(Again { key, id: text.id, images, taken, files, record })
             }));
         }
         // A parent was whole before what is based on it.
@@ -167,7 +189,12 @@ impl Store {
         outcome.into_iter().flatten().collect()
     }
 
-    fn list_again(&self, text: &Text, images: Rc<Images>) -> Result<Key, String> {
+    fn list_again(
+        &self,
+        text: &Text,
+        images: Rc<Images>,
+        record: &Rc<Record>,
+    ) -> Result<Key, String> {
         if self.key_of(&text.id).is_some() {
             return Err("there is another of that id".to_owned());
         }
@@ -187,6 +214,7 @@ impl Store {
         snapshot.ended_ms = text.ended_ms;
         snapshot.reserved = text.reserved;
         snapshot.needs_view = needs_view;
+        snapshot.record = Some(record.clone());
         if text.memory_may_have_changed {
             snapshot.memory = Memory::MayHaveChanged;
         }
@@ -207,8 +235,8 @@ pub struct Again {
     pub taken: bool,
     /// The files that it needs; some may be there several times.
     pub files: Vec<String>,
-    /// For the record's bytes.
-    pub charge: Charge,
+    /// Its record.
+    pub record: Rc<Record>,
 }
 
 /// A snapshot that was kept and cannot be held again.
@@ -231,82 +259,73 @@ impl Place {
     }
 }
 
-fn write(
-    snapshot: &Snapshot,
-    images: &Images,
-    key: Key,
-    lists: Vec<String>,
+impl Text {
+    /// Where the images end that are in the record.
+    fn images_end(&self) -> u64 {
+        let ends = self.images.iter().filter_map(|image| match image.bytes {
+            Place::Record(offset) => offset.checked_add(image.len),
+            _ => None,
+        });
+        ends.fold(HEAD as u64, u64::max)
+    }
+
+    /// All but the images.
+    fn of(snapshot: &Snapshot, key: Key, lists: Vec<String>) -> Text {
+        let age_ms = u64::try_from(snapshot.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let is_taken = matches!(snapshot.state, State::Taken(_));
+        Text {
+            id: snapshot.id.clone(),
+            sender: snapshot.sender.name.clone(),
+            host: snapshot.sender.host,
+            attempt: snapshot.sender.attempt,
+            begun_ms: snapshot.begun_ms,
+            ended_ms: snapshot.ended_ms,
+            reserved: snapshot.reserved,
+            memory_may_have_changed: snapshot.memory != Memory::AsFrozen,
+            lists,
+            age: key.0,
+            taken_ms: is_taken.then(|| now_ms().saturating_sub(age_ms)),
+            images: Vec::new(),
+        }
+    }
+}
+
+async fn describe(
+    mut text: Text,
+    images: Rc<Images>,
+    record: Rc<Record>,
     mut name: impl FnMut(&Rc<File>) -> String,
-    quota: &Quota,
 ) -> io::Result<Kept> {
-    let mut end = HEAD as u64;
-    let (mut kept, mut small) = (Vec::new(), Vec::new());
+    let mut turns = Turns::new();
     for image in images.values() {
-        let bytes = match image.memfd() {
-            _ if image.len() < SMALL => {
-                let begin = end;
-                end += image.len();
-                small.push((image, begin));
-                Place::Record(begin)
+        let bytes = match image.place() {
+            image::Place::Record(offset) => Place::Record(offset),
+            image::Place::Memfd(file) => Place::File(name(file)),
+            image::Place::Pages(index) => {
+                Place::Pages(pages_of(index, &mut name, &mut turns).await)
             }
-            Ok(file) => Place::File(name(file)),
-            Err(index) => Place::Pages(pages_of(index, &mut name)),
         };
-        kept.push(KeptImage { name: image.name().to_owned(), len: image.len(), bytes });
+        text.images.push(KeptImage { name: image.name().to_owned(), len: image.len(), bytes });
+        turns.pass().await;
     }
-    let age_ms = u64::try_from(snapshot.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let taken_ms =
-        matches!(snapshot.state, State::Taken(_)).then(|| now_ms().saturating_sub(age_ms));
-    let text = Text {
-        id: snapshot.id.clone(),
-        sender: snapshot.sender.name.clone(),
-        host: snapshot.sender.host,
-        attempt: snapshot.sender.attempt,
-        begun_ms: snapshot.begun_ms,
-        ended_ms: snapshot.ended_ms,
-        reserved: snapshot.reserved,
-        memory_may_have_changed: snapshot.memory != Memory::AsFrozen,
-        lists,
-        age: key.0,
-        taken_ms,
-        images: kept,
-    };
-    let text = serde_json::to_vec(&text)?;
-    let charge = quota.charge_now(Image::needs(end + text.len() as u64));
-    let charge = charge.map_err(io::Error::other)?;
-    let record: File = memfd::create(&format!("{} (record)", snapshot.id))?.into();
-    for (image, begin) in small {
-        copy(image, &record, begin)?;
-    }
-    record.write_all_at(&text, end)?;
-    let magic = if taken_ms.is_some() { MAGIC_OF_TAKEN } else { MAGIC };
-    record.write_all_at(&[magic, end.to_le_bytes()].concat(), 0)?;
-    Ok(Kept { record, charge })
+    let taken = text.taken_ms.is_some();
+    // There may be some hundred thousand runs of pages, which take as many microseconds. The other error is a panic.
+    let text = spawn_blocking(move || serde_json::to_vec(&text)).await;
+    let text = text.map_err(io::Error::other)??;
+    Ok(Kept { record, images, taken, text })
 }
 
-/// What a record is charged for, in bytes.
-fn len_of(record: &File) -> u64 {
-    Image::needs(record.metadata().map_or(0, |metadata| metadata.len()))
-}
-
-/// Copies a small image to an offset of the record.
-fn copy(image: &Image, record: &File, mut at: u64) -> io::Result<()> {
-    let mut done = 0;
-    while let Some(part) = image.part(done, SMALL) {
-        let mut bytes = vec![0; usize::try_from(part.len).map_err(io::Error::other)?];
-        part.file.read_exact_at(&mut bytes, part.offset)?;
-        record.write_all_at(&bytes, at)?;
-        (done, at) = (done + part.len, at + part.len);
+async fn pages_of(
+    index: &Index,
+    name: &mut impl FnMut(&Rc<File>) -> String,
+    turns: &mut Turns,
+) -> Vec<(String, u64, u64)> {
+    let mut pages = Vec::new();
+    for run in index.runs() {
+        pages.push((name(run.layer().shared_file()), run.offset() / PAGE, run.range().pages()));
+        turns.pass().await;
     }
-    Ok(())
-}
-
-fn pages_of(index: &Index, mut name: impl FnMut(&Rc<File>) -> String) -> Vec<(String, u64, u64)> {
-    let place = |run: &Rc<Run>| {
-        let file = name(run.layer().shared_file());
-        (file, run.offset() / PAGE, run.range().pages())
-    };
-    index.runs().map(place).collect()
+    pages
 }
 
 fn read(record: &File) -> Result<Text, Lost> {
@@ -331,7 +350,9 @@ fn read_text(record: &File) -> io::Result<Text> {
     let text = len.checked_sub(begin).ok_or_else(cut)?;
     let mut bytes = vec![0; usize::try_from(text).map_err(io::Error::other)?];
     record.read_exact_at(&mut bytes, begin)?;
-    Ok(serde_json::from_slice(&bytes)?)
+    // Behind it may be a part of one that was to follow it.
+    let text = serde_json::Deserializer::from_slice(&bytes).into_iter().next();
+    Ok(text.ok_or_else(cut)??)
 }
 
 fn check_text(text: &Text) -> Result<(), String> {
@@ -341,7 +362,7 @@ fn check_text(text: &Text) -> Result<(), String> {
     images.try_for_each(|image| check_image(&image.name)).map_err(|bad| bad.to_string())
 }
 
-fn images(text: &Text, record: &File, layers: &mut Layers<'_>) -> Result<Images, String> {
+fn images(text: &Text, record: &Rc<Record>, layers: &mut Layers<'_>) -> Result<Images, String> {
     let mut images = Images::new();
     for kept in &text.images {
         let image = image(kept, record, layers)
@@ -353,7 +374,7 @@ fn images(text: &Text, record: &File, layers: &mut Layers<'_>) -> Result<Images,
     Ok(images)
 }
 
-fn image(kept: &KeptImage, record: &File, layers: &mut Layers<'_>) -> io::Result<Image> {
+fn image(kept: &KeptImage, record: &Rc<Record>, layers: &mut Layers<'_>) -> io::Result<Image> {
     let cut = || io::Error::other("its bytes are not all there");
     let KeptImage { name, len, bytes } = kept;
     match bytes {
@@ -361,10 +382,10 @@ fn image(kept: &KeptImage, record: &File, layers: &mut Layers<'_>) -> io::Result
             if *len >= SMALL {
                 return Err(io::Error::other("it is too large for where it is"));
             }
-            let mut bytes = vec![0; usize::try_from(*len).map_err(io::Error::other)?];
-            record.read_exact_at(&mut bytes, *offset)?;
-            let charge = layers.quota.charge_held(Image::needs(*len));
-            Ok(Image::made_of(name, &bytes, charge)?)
+            if offset.checked_add(*len).is_none_or(|end| end > record.len()) {
+                return Err(cut());
+            }
+            Ok(Image::in_record(name, record, *offset, *len))
         }
         Place::File(file) => {
             let held = layers.file(file)?.clone();

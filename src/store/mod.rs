@@ -25,6 +25,7 @@ mod lists;
 mod needs_view;
 pub mod pages;
 mod quota;
+mod record;
 mod rounds;
 mod snapshot;
 mod tally;
@@ -40,11 +41,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 pub use claim::{Claim, Permission, Unavailable};
-pub use closing::close_in_background;
+pub use closing::{close, close_in_background};
 pub use files::NoFiles;
 pub use image::{Image, Part};
 pub use kept::{Again, Files, Kept, Lost};
 pub use quota::{Charge, Exhausted, Quota};
+pub use record::Record;
 pub use rounds::ComingRound;
 pub use snapshot::{Counts, Images, Memory, Sender, Snapshot, State};
 pub use tally::{Tally, one_more};
@@ -328,9 +330,10 @@ impl Store {
     /// before is replaced, or goes on if it is appended to.
     pub fn begin_image(&self, key: Key, name: &str, append: bool) -> Result<Rc<Image>, Refused> {
         let mut snapshots = self.snapshots.borrow_mut();
-        let Some(Snapshot { state: State::Receiving(images), .. }) = snapshots.get_mut(&key) else {
+        let Some(snapshot) = snapshots.get_mut(&key).filter(|known| !known.pages.ending) else {
             return Err(Refused::Dropped);
         };
+        let State::Receiving(images) = &mut snapshot.state else { return Err(Refused::Dropped) };
         if let (true, Some(image)) = (append, images.get(name)) {
             image.reopen();
             return Ok(image.clone());
@@ -377,11 +380,12 @@ impl Store {
     ///
     /// Others have their turn while that is done; it may be dropped meanwhile.
     pub async fn complete(&self, key: Key, partial: bool) -> Result<(), String> {
-        match self.all_images(key, partial).await {
-            Ok(images) => {
+        match self.make_whole(key, partial).await {
+            Ok((images, record)) => {
                 let needs_view = needs_view::why(&images);
                 self.update(key, |snapshot| {
                     snapshot.end(State::Whole(images));
+                    snapshot.record = record;
                     snapshot.needs_view = needs_view;
                     if !partial {
                         self.lists.borrow_mut().end_chain(&snapshot.id);
@@ -414,6 +418,27 @@ impl Store {
             self.update(key, |snapshot| snapshot.memory = Memory::Accepted);
         }
         changed
+    }
+
+    /// The images of a snapshot of which everything has come, the small ones in its record.
+    async fn make_whole(
+        &self,
+        key: Key,
+        partial: bool,
+    ) -> Result<(Rc<Images>, Option<Rc<Record>>), String> {
+        let images = self.all_images(key, partial).await?;
+        self.update(key, |snapshot| {
+            if let State::Receiving(came) = &mut snapshot.state {
+                *came = images;
+                snapshot.pages.ending = true;
+            }
+        });
+        let record = self.take_in_small(key).await?;
+        let images = self.look(key, |snapshot| match &snapshot.state {
+            State::Receiving(images) => Some(images.clone()),
+            _ => None,
+        });
+        images.flatten().map_or_else(dropped, |images| Ok((images, record)))
     }
 
     /// The images of a snapshot of which everything has come, as if it was one dump: with the pages that came

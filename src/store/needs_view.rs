@@ -1,6 +1,6 @@
 //! Whether a snapshot can be restored through the stream, or only from a view of its images as files.
 
-use std::os::unix::fs::FileExt;
+use std::io::Read;
 
 use super::image::Image;
 use super::snapshot::Images;
@@ -30,7 +30,7 @@ pub(super) fn why(images: &Images) -> Option<String> {
 
 fn read(image: &Image) -> Option<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(image.len()).ok()?];
-    image.file().read_exact_at(&mut bytes, 0).ok()?;
+    image.reader().read_exact(&mut bytes).ok()?;
     Some(bytes)
 }
 

@@ -10,6 +10,7 @@ use tokio::sync::Mutex;
 use super::flatten::Flattened;
 use super::image::Image;
 use super::pages::{Flat, PAGE};
+use super::record::Record;
 use super::{Key, Refused};
 use crate::criu::pages::Space;
 use crate::sys::clock::now_ms;
@@ -80,6 +81,8 @@ pub(super) struct Pages {
     pub(super) of_parent: Option<Flat<Space>>,
     /// Whether the images that are coming were begun after pages had come.
     joined: bool,
+    /// Whether the images have all come, and only their end is to be made.
+    pub(super) ending: bool,
 }
 
 /// What is known of the memory in a snapshot.
@@ -126,6 +129,8 @@ pub struct Snapshot {
     /// What is known of its memory.
     pub memory: Memory,
     pub(super) pages: Pages,
+    /// Where its small images are, once it is whole.
+    pub(super) record: Option<Rc<Record>>,
 }
 
 impl Snapshot {
@@ -150,6 +155,7 @@ impl Snapshot {
             timeline,
             memory: Memory::default(),
             pages: Pages::default(),
+            record: None,
         }
     }
 
@@ -175,6 +181,7 @@ impl Snapshot {
     pub(super) fn fail(&mut self, reason: &str) {
         if self.pages.joined && self.pages.flat.is_some() {
             self.state = State::Paged;
+            self.pages.ending = false;
             self.pages.of_parent = None;
             self.timeline.end(PhaseName::Arrival, 0, true);
             self.since = Instant::now();
@@ -194,6 +201,7 @@ impl Snapshot {
         }
         // Images hold the pages that they show.
         self.pages = Pages::default();
+        self.record = None;
         self.since = Instant::now();
         self.ended_ms = now_ms();
     }

@@ -44,7 +44,7 @@ fn a_sender_waits_at_the_quota_and_goes_on_when_bytes_are_freed() {
     web.link.assert_quiet();
     cache.drop_snapshot("first");
     web.assert_acknowledged(0);
-    cache.assert_held((44 + 8) << 10);
+    cache.assert_held((44 + 4) << 10);
     assert!(Criu::in_dir_of("web", &cache).read("pages-1.img") == PAGES);
 }
 

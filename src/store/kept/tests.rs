@@ -7,6 +7,7 @@ use crate::criu::pages::Space;
 use crate::store::flat_images::flat_images;
 use crate::store::pages::Round;
 use crate::store::{Permission, Refused};
+use crate::sys::memfd;
 
 /// An image with one empty record, as CRIU begins them all.
 const RECORDS: &[u8] = b"\x19\x43\x56\x54\x16\x31\x31\x58\x00\x00\x00\x00";
@@ -86,12 +87,12 @@ fn contents(store: &Store, id: &str) -> BTreeMap<String, Vec<u8>> {
 /// What somebody keeps of snapshots: their records, and their files by names of its own.
 #[derive(Default)]
 struct Keeper {
-    records: Vec<File>,
+    records: Vec<Rc<File>>,
     files: Files,
 }
 
 impl Keeper {
-    fn keep(&mut self, store: &Store, key: Key) {
+    async fn keep(&mut self, store: &Store, key: Key) {
         let files = &mut self.files;
         let kept = store.keep(key, |file| {
             let known = files.iter().find(|(_, known)| Rc::ptr_eq(known, file));
@@ -100,7 +101,9 @@ impl Keeper {
             files.insert(name.clone(), file.clone());
             name
         });
-        self.records.push(kept.unwrap().unwrap().record);
+        let kept = kept.await.unwrap().unwrap();
+        kept.write().await.unwrap();
+        self.records.push(kept.record.shared_file().clone());
     }
 
     /// As it gets them after the cache: other descriptors of the same files.
@@ -110,12 +113,14 @@ impl Keeper {
     }
 
     fn again(&self, store: &Store) -> Vec<Result<Again, Lost>> {
-        store.hold_again(&self.records, &self.passed_on())
+        let again = |file: &Rc<File>| Rc::new(file.try_clone().unwrap());
+        let records: Vec<_> = self.records.iter().map(again).collect();
+        store.hold_again(&records, &self.passed_on())
     }
 }
 
 /// A copy of a record that says something else.
-fn with_text(record: &File, change: impl FnOnce(&mut Text)) -> File {
+fn with_text(record: &File, change: impl FnOnce(&mut Text)) -> Rc<File> {
     let mut text = read_text(record).unwrap();
     change(&mut text);
     let mut head = [0; HEAD];
@@ -126,7 +131,7 @@ fn with_text(record: &File, change: impl FnOnce(&mut Text)) -> File {
     let copy: File = memfd::create("record").unwrap().into();
     let text = serde_json::to_vec(&text).unwrap();
     copy.write_all_at(&[bytes, text].concat(), 0).unwrap();
-    copy
+    Rc::new(copy)
 }
 
 #[tokio::test]
@@ -149,8 +154,8 @@ async fn what_is_held_again_is_what_was_kept() {
     before.reserve(db);
     let mut keeper = Keeper::default();
     // In an order of its own.
-    keeper.keep(&before, db);
-    keeper.keep(&before, web);
+    keeper.keep(&before, db).await;
+    keeper.keep(&before, web).await;
     assert_eq!(keeper.files.len(), 1, "all but one image are small");
 
     let after = store();
@@ -174,14 +179,16 @@ async fn what_is_held_again_is_what_was_kept() {
 #[tokio::test]
 async fn pages_of_several_rounds_are_held_where_they_are_and_shared() {
     let before = store();
-    let key = whole(&before, "web", &[]).await;
+    let key = before.begin("web", &sender()).unwrap();
+    add(&before, key, "inventory.img", RECORDS).await;
     let pages = two_rounds(&before);
     before.update(key, |snapshot| {
-        let State::Whole(images) = &mut snapshot.state else { panic!() };
+        let State::Receiving(images) = &mut snapshot.state else { panic!() };
         Rc::make_mut(images).extend(pages);
     });
+    before.complete(key, false).await.unwrap();
     let mut keeper = Keeper::default();
-    keeper.keep(&before, key);
+    keeper.keep(&before, key).await;
     assert_eq!(keeper.files.len(), 2, "the layers of two rounds");
     let expected = contents(&before, "web");
     let held: u64 = before.quota().used();
@@ -208,7 +215,7 @@ async fn a_pages_image_stays_while_another_snapshot_shows_pages_of_it() {
     let shown =
         before.find("parent", |known| known.images().unwrap()["pages-1.img"].clone()).unwrap();
     let mut index = Index::default();
-    shown.pages(8, 20).into_iter().for_each(|run| index.append(run));
+    shown.pages(8, 20).unwrap().into_iter().for_each(|run| index.append(run));
     let image = Image::of_pages("pages-1.img", &index, before.quota().nothing()).unwrap();
     let expected = content(&image);
     drop((shown, index));
@@ -217,13 +224,13 @@ async fn a_pages_image_stays_while_another_snapshot_shows_pages_of_it() {
         Rc::make_mut(images).insert("pages-1.img".to_owned(), Rc::new(image));
     });
     let mut keeper = Keeper::default();
-    keeper.keep(&before, parent);
-    keeper.keep(&before, child);
+    keeper.keep(&before, parent).await;
+    keeper.keep(&before, child).await;
     assert_eq!(keeper.files.len(), 1);
 
     // The parent is lost, and that is no loss for the child.
     let after = store();
-    let good = keeper.records[0].try_clone().unwrap();
+    let good = keeper.records[0].clone();
     keeper.records[0] = with_text(&good, |text| {
         text.images[0].len += 9;
         text.images.reverse();
@@ -247,15 +254,15 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
     let before = store();
     let key = whole(&before, "web", &[("pages-1.img", bytes(32 * PAGE, 1))]).await;
     let good = whole(&before, "db", &[]).await;
-    let text = |change: fn(&mut Text)| {
-        let mut keeper = Keeper::default();
-        keeper.keep(&before, key);
-        keeper.records[0] = with_text(&keeper.records[0], change);
-        keeper
+    let (mut kept, mut other) = (Keeper::default(), Keeper::default());
+    kept.keep(&before, key).await;
+    other.keep(&before, good).await;
+    let text = |change: fn(&mut Text)| Keeper {
+        records: vec![with_text(&kept.records[0], change)],
+        files: kept.files.clone(),
     };
     let raw = |at: u64, bytes: &[u8]| {
-        let mut keeper = Keeper::default();
-        keeper.keep(&before, key);
+        let keeper = text(|_| ());
         keeper.records[0].write_all_at(bytes, at).unwrap();
         keeper
     };
@@ -316,11 +323,7 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
         ),
     ] {
         let mut keeper = keeper;
-        keeper.records.insert(0, {
-            let mut other = Keeper::default();
-            other.keep(&before, good);
-            other.records.pop().unwrap()
-        });
+        keeper.records.insert(0, with_text(&other.records[0], |_| ()));
         let after = store();
         let mut again = keeper.again(&after);
         let lost = again.pop().unwrap().unwrap_err();
@@ -337,13 +340,13 @@ async fn what_is_not_as_it_was_is_lost_with_a_reason_and_nothing_else() {
 async fn only_what_can_be_restored_is_kept() {
     let store = store();
     let key = store.begin("web", &sender()).unwrap();
-    assert!(store.keep(key, |_| unreachable!()).is_none());
+    assert!(store.keep(key, |_| unreachable!()).await.is_none());
     assert!(store.restorable().is_empty());
     add(&store, key, "inventory.img", RECORDS).await;
     store.complete(key, false).await.unwrap();
-    assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
+    assert!(store.keep(key, |_| unreachable!()).await.unwrap().is_ok());
     store.claim(key, Permission::default()).unwrap().taken();
-    assert!(store.keep(key, |_| unreachable!()).unwrap().is_ok());
+    assert!(store.keep(key, |_| unreachable!()).await.unwrap().is_ok());
     store.expire(std::time::Instant::now() + Duration::from_secs(3600));
     assert!(store.restorable().is_empty());
 }
@@ -354,22 +357,19 @@ async fn what_was_taken_is_held_again_as_that_for_the_rest_of_its_time() {
     let key = before.begin("web", &sender()).unwrap();
     add(&before, key, "inventory.img", RECORDS).await;
     at_once(before.complete(key, false)).unwrap();
+    let mut keeper = Keeper::default();
+    keeper.keep(&before, key).await;
     before.claim(key, Permission::default()).unwrap().taken();
-    let kept = before.keep(key, |_| unreachable!()).unwrap().unwrap();
+    keeper.keep(&before, key).await;
+    assert!(Rc::ptr_eq(&keeper.records[0], &keeper.records[1]), "it says something else now");
     let mut head = [0; 8];
-    kept.record.read_exact_at(&mut head, 0).unwrap();
+    keeper.records[0].read_exact_at(&mut head, 0).unwrap();
     assert_ne!(head, MAGIC, "a cache that does not know it must not hold it as whole");
     // As if it had been taken nine minutes ago.
-    let mut text = read_text(&kept.record).unwrap();
-    *text.taken_ms.as_mut().unwrap() -= 540_000;
-    let mut begin = [0; 8];
-    kept.record.read_exact_at(&mut begin, 8).unwrap();
-    let begin = u64::from_le_bytes(begin);
-    kept.record.set_len(begin).unwrap();
-    kept.record.write_all_at(&serde_json::to_vec(&text).unwrap(), begin).unwrap();
+    let record = with_text(&keeper.records[0], |text| *text.taken_ms.as_mut().unwrap() -= 540_000);
 
     let after = store();
-    let again = after.hold_again(std::slice::from_ref(&kept.record), &Files::new()).pop();
+    let again = after.hold_again(std::slice::from_ref(&record), &Files::new()).pop();
     assert!(again.unwrap().unwrap().taken);
     let refused = after.expect("web", Permission::default());
     assert_eq!(refused, Err(Refused::Taken("web".into())));
@@ -382,37 +382,98 @@ async fn what_was_taken_is_held_again_as_that_for_the_rest_of_its_time() {
 }
 
 #[tokio::test]
-async fn small_images_are_not_copied_where_there_is_no_room_for_them() {
-    // Room for all images, and for the records of some.
+async fn small_images_are_held_once_and_kept_even_when_the_quota_is_reached() {
     const IMAGE: u64 = 60 * 1024;
-    let quota = 40 * IMAGE;
+    // Each record has a head, too.
+    let quota = 30 * IMAGE + 2 * PAGE;
     let store = Store::new(StoreSettings { max_bytes: quota, ..StoreSettings::default() });
-    let (mut kept, mut refused) = (Vec::new(), Vec::new());
+    let mut keeper = Keeper::default();
+    let files = || std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
+    let small = || {
+        let names = files().filter_map(|path| std::fs::read_link(path).ok());
+        names.filter(|name| name.to_string_lossy().contains("memfd:held-once")).count()
+    };
     for snapshot in 0..3 {
         let key = store.begin(&format!("web/{snapshot}"), &Sender::default()).unwrap();
         for image in 0..10 {
-            let image = store.begin_image(key, &format!("sk-queues-{image}.img"), false).unwrap();
-            store.charge(key, &image, IMAGE).await.unwrap();
-            image.file().write_all_at(&bytes(IMAGE, snapshot), 0).unwrap();
-            image.grown_to(IMAGE);
-            image.end();
+            add(&store, key, &format!("held-once-{image}.img"), &bytes(IMAGE, snapshot)).await;
         }
+        assert_eq!(small(), 10);
         store.complete(key, true).await.unwrap();
+        assert_eq!(small(), 0, "they are in the record");
     }
+    assert_eq!(store.quota().used(), quota + PAGE);
     for (key, ..) in store.restorable() {
-        match store.keep(key, |_| panic!("all of them are small")).unwrap() {
-            Ok(record) => kept.push(record),
-            Err(why) => refused.push(why.to_string()),
-        }
-        assert!(store.quota().used() <= quota);
+        keeper.keep(&store, key).await;
     }
-    // Three times ten images have 30 of the 40, and a record has ten and its text.
-    assert_eq!((kept.len(), refused.len()), (0, 3));
-    assert!(refused[0].contains("(store.max-bytes) are held"), "{refused:?}");
-    store.drop_snapshot("web/0");
-    let (key, ..) = store.restorable().remove(0);
-    let record = store.keep(key, |_| panic!("all of them are small")).unwrap().unwrap();
-    let held = record.record.metadata().unwrap().blocks() * 512;
-    assert_eq!(record.charge.bytes(), held);
-    assert_eq!(store.quota().used(), 20 * IMAGE + held);
+    let held: u64 =
+        keeper.records.iter().map(|record| record.metadata().unwrap().blocks() * 512).sum();
+    assert_eq!(store.quota().used(), held);
+    assert!(held <= quota + 3 * PAGE, "what is said of them is little");
+
+    // They are served from there after a restart as well.
+    let after = Store::new(StoreSettings { max_bytes: quota, ..StoreSettings::default() });
+    assert!(keeper.again(&after).iter().all(Result::is_ok));
+    assert_eq!((after.quota().used(), small()), (held, 0));
+    for snapshot in 0..3 {
+        let id = format!("web/{snapshot}");
+        assert!(contents(&after, &id) == contents(&store, &id));
+        assert!(contents(&after, &id).values().all(|image| *image == bytes(IMAGE, snapshot)));
+        after.drop_snapshot(&id);
+    }
+    assert_eq!(after.quota().used(), 0);
+}
+
+#[tokio::test]
+async fn a_view_of_small_images_has_a_file_of_each_and_its_room_is_given_back_with_it() {
+    let store = store();
+    let images: Vec<_> =
+        (1..4).map(|seed| (["a", "b", "c"][seed - 1], bytes(5000, seed as u64))).collect();
+    let key = whole(&store, "web", &images).await;
+    let used = store.quota().used();
+    let files = store.files(key).await.unwrap();
+    for (name, expected) in &images {
+        let (file, mut seen) = (files[*name].as_file().unwrap(), vec![0; 5000]);
+        assert_eq!(file.metadata().unwrap().len(), 5000);
+        file.read_exact_at(&mut seen, 0).unwrap();
+        assert!(seen == *expected);
+    }
+    assert_eq!(store.quota().used(), used + 4096 + 3 * 2 * 4096);
+    drop(files);
+    assert!(store.files(key).await.is_ok());
+    assert_eq!(store.quota().used(), used + 4096 + 3 * 2 * 4096, "once");
+    store.drop_snapshot("web");
+    assert_eq!(store.quota().used(), 0);
+}
+
+#[tokio::test]
+async fn a_record_that_is_written_again_gives_back_what_it_said_before() {
+    let store = store();
+    let names: Vec<_> = (0..200).map(|image| format!("sk-queues-{image}.img")).collect();
+    let images: Vec<_> = names.iter().map(|name| (name.as_str(), RECORDS.to_vec())).collect();
+    let key = whole(&store, "web", &images).await;
+    let mut keeper = Keeper::default();
+    keeper.keep(&store, key).await;
+    let used = store.quota().used();
+    for _ in 0..10 {
+        keeper.keep(&store, key).await;
+        // It begins and ends somewhere in a page.
+        assert!(store.quota().used() <= used + 2 * PAGE);
+    }
+    let after = self::store();
+    assert!(keeper.again(&after).remove(0).is_ok());
+    assert!(contents(&after, "web") == contents(&store, "web"));
+}
+
+#[tokio::test]
+async fn a_text_that_is_not_all_there_does_not_spoil_the_one_before_it() {
+    let store = store();
+    let key = whole(&store, "web", &[("pages-1.img", bytes(32 * PAGE, 1))]).await;
+    let mut keeper = Keeper::default();
+    keeper.keep(&store, key).await;
+    let record = &keeper.records[0];
+    record.write_all_at(b"{\"id\":\"we", record.metadata().unwrap().len()).unwrap();
+    let after = self::store();
+    assert!(keeper.again(&after).remove(0).is_ok());
+    assert!(contents(&after, "web") == contents(&store, "web"));
 }
