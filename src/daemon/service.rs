@@ -86,7 +86,7 @@ pub(super) fn run<D: Daemon>(
         let message_id = journal::DAEMON_STOPPING;
         tracing::info!(message_id, "{} stops: {}", D::NAME, daemon.status_line());
         drain(&*daemon, &mut signals).await;
-daemon.farewell().await;
+        daemon.farewell().await;
         logging.tell_left_out(true);
         let message_id = journal::DAEMON_STOPPED;
         tracing::info!(message_id, "{} has stopped: {}", D::NAME, daemon.status_line());

@@ -59,6 +59,10 @@ impl Kept {
     }
 }
 
+/// What is said of so many images and runs of pages, in a microsecond each, no thread is started for: there may be some
+/// hundred thousand.
+const FEW: usize = 4096;
+
 /// Files that were kept, by their names.
 pub type Files = BTreeMap<String, Rc<File>>;
 
@@ -249,6 +253,14 @@ pub struct Lost {
 }
 
 impl Place {
+    /// How much there is to say.
+    fn parts(&self) -> usize {
+        match self {
+            Place::Record(_) | Place::File(_) => 1,
+            Place::Pages(pages) => pages.len(),
+        }
+    }
+
     fn files(&self) -> impl Iterator<Item = &str> {
         let (file, pages) = match self {
             Place::Record(_) => (None, &[][..]),
@@ -309,9 +321,13 @@ async fn describe(
         turns.pass().await;
     }
     let taken = text.taken_ms.is_some();
-    // There may be some hundred thousand runs of pages, which take as many microseconds. The other error is a panic.
-    let text = spawn_blocking(move || serde_json::to_vec(&text)).await;
-    let text = text.map_err(io::Error::other)??;
+    let parts: usize = text.images.iter().map(|image| image.bytes.parts()).sum();
+    let text = if parts > FEW {
+        // It can fail only by a panic.
+        spawn_blocking(move || serde_json::to_vec(&text)).await.map_err(io::Error::other)??
+    } else {
+        serde_json::to_vec(&text)?
+    };
     Ok(Kept { record, images, taken, text })
 }
 

@@ -12,7 +12,7 @@ fn start(bed: &Bed, host: Host, kinds: &[&str]) {
 
 /// Does what the page says, with the configuration that it leaves to be edited.
 fn set_up(bed: &Bed) {
-    let [by_port, _] = <[_; 2]>::try_from(blocks("### Several on a host")).unwrap();
+    let [by_port] = <[_; 1]>::try_from(blocks("### Several on a host")).unwrap();
     done(bed, &by_port[..1]);
     let mut at_the_proxy = by_port[1].clone();
     let edit = "sed -i 's|^cache = .*|cache = \"10.77.0.2:19996\"|' /etc/criu-image-relay/proxy@rack7.toml\n";
