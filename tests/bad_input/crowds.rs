@@ -140,3 +140,16 @@ fn the_messages_that_a_peer_causes_without_end_are_summed_up() {
         "400 more messages about 127.0.0.1 were left out within a minute, the first of them: ";
     assert!(told[100].contains(sum) && told[100].contains("given up (100)"), "{}", told[100]);
 }
+
+#[test]
+fn of_many_refused_links_some_are_logged_and_then_how_many_more_there_were() {
+    let (cache, address) = Daemon::cache(&[]);
+    for _ in 0..300 {
+        let mut stranger = TcpStream::connect(address).unwrap();
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        assert!(eventually(|| is_over(&stranger)), "it is not refused");
+    }
+    let log = cache.stop();
+    assert_eq!(log.lines().filter(|line| line.contains("is refused:")).count(), 101);
+    assert!(log.contains("200 more messages about 127.0.0.1 were left out"), "{log}");
+}
