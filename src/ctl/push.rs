@@ -33,7 +33,13 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Pushes, and waits for the cache's acknowledgement.
 pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<(), Failure> {
-    attempt(daemon, output, push, 0).await
+    attempt(daemon, output, push, 0).await.map_err(|failure| match failure.exit {
+        Exit::Damaged => failure.cure(
+            "what was sent is lost, and the directory as it was: push it again. A snapshot of that id that the cache held before \
+             is untouched; on its host: criu-imagectl --cache list",
+        ),
+        _ => failure,
+    })
 }
 
 /// The same for the images of an attempt to move a process, unless it is 0. It can be cancelled.

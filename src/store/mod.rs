@@ -111,7 +111,8 @@ pub enum Refused {
     InUse(String),
     /// The id is that of a snapshot that was restored, as far as the store knows.
     #[error(
-        "a restore has taken snapshot {0}: drop it to await another of that id, or say that it is wanted again"
+        "a restore has taken snapshot {0}. If no process of it runs: criu-imagectl restore --again {0}. To use the id for \
+         another: criu-imagectl --cache drop {0}"
     )]
     Taken(String),
     /// What is wanted again is not there any more.
