@@ -54,13 +54,15 @@ impl Backend for Control {
         self.0.store.find(id, |snapshot| snapshot.timeline.phases().to_vec())
     }
 
-    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
+    async fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
         self.0.store.drop_snapshot(id).ok_or(Refusal::NoSuchSnapshot)?;
         tracing::info!(
             message_id = journal::SNAPSHOT_DROPPED,
             criu_snapshot = id,
             "snapshot {id} dropped by the operator, {peer}"
         );
+        // What systemd keeps of it goes, before the operator relies on that.
+        self.0.keeping.follow().await;
         Ok(())
     }
 

@@ -167,6 +167,8 @@ pub(super) async fn serve(
         let Some(claim) = &restore.claim else { return false };
         if outcome.takes() {
             claim.taken();
+            // Whoever waits for the end of the session relies on that, whatever becomes of the cache.
+            cache.keeping.follow().await;
             if let Some(since) = restore.served_since {
                 cache.figures.restores.observe(since.elapsed());
             }

@@ -64,8 +64,9 @@ pub trait Backend {
     /// When what happened to a snapshot.
     fn timeline(&self, id: &str) -> Option<Vec<Phase>>;
 
-    /// Forgets a snapshot and gives its memory back, because `peer` said so.
-    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal>;
+    /// Forgets a snapshot and gives its memory back, because `peer` said so. When this is done it does not come back, even if the
+    /// daemon is killed.
+    fn drop_snapshot(&self, id: &str, peer: Peer) -> impl Future<Output = Result<(), Refusal>>;
 
     /// Has the cache give up what came of an attempt to move a process, which has failed.
     fn withdraw(&self, _request: Withdraw) -> impl Future<Output = Result<Withdrawn, Refusal>> {
@@ -219,8 +220,8 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
         (**self).timeline(id)
     }
 
-    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
-        (**self).drop_snapshot(id, peer)
+    async fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
+        (**self).drop_snapshot(id, peer).await
     }
 
     async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {

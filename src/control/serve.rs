@@ -143,7 +143,7 @@ impl<B: Backend> Conversation<'_, B> {
         let outcome = match call.method().method.as_str() {
             method::WATCH if call.more() => return self.watch(&call).await,
             method::WATCH => Err(ServiceError::ExpectedMore.into()),
-            method::DROP => drop_snapshot(self.backend, call.method(), self.peer),
+            method::DROP => drop_snapshot(self.backend, call.method(), self.peer).await,
             method::ACCEPT_CHANGED_MEMORY => {
                 accept_changed_memory(self.backend, call.method(), self.peer)
             }
@@ -233,9 +233,13 @@ impl<B: Backend> Conversation<'_, B> {
     }
 }
 
-fn drop_snapshot(backend: &impl Backend, call: &Incoming, peer: Peer) -> Result<Value, Failure> {
+async fn drop_snapshot(
+    backend: &impl Backend,
+    call: &Incoming,
+    peer: Peer,
+) -> Result<Value, Failure> {
     let ById { id } = parameters(call)?;
-    backend.drop_snapshot(&id, peer).map_err(|refusal| refused(refusal, &id))?;
+    backend.drop_snapshot(&id, peer).await.map_err(|refusal| refused(refusal, &id))?;
     Ok(nothing())
 }
 

@@ -79,7 +79,7 @@ impl Backend for Fake {
         })
     }
 
-    fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
+    async fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
         if id == "busy" {
             return Err(Refusal::Refused("a restore reads it".to_owned()));
         }

@@ -43,7 +43,7 @@ impl Backend for Control {
         self.0.records.find(id).map(|record| record.timeline())
     }
 
-    fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
+    async fn drop_snapshot(&self, id: &str, peer: Peer) -> Result<(), Refusal> {
         let record = self.0.records.find(id).ok_or(Refusal::NoSuchSnapshot)?;
         record.stop("it was dropped by the operator");
         self.0.records.remove(&record);

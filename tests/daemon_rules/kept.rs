@@ -205,10 +205,17 @@ fn a_manager_that_reads_nothing_for_a_while_holds_up_nobody_who_does_not_rely_on
     let other = UnixDatagram::unbound().unwrap();
     other.connect(manager.dir().join("notify")).unwrap();
     other.set_nonblocking(true).unwrap();
-    while other.send(b"STATUS=").is_ok() {}
+    // The manager may be about to read one more.
+    for _ in 0..20 {
+        while other.send(b"STATUS=").is_ok() {}
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Once that is answered the snapshot does not come back, whatever becomes of the cache: so it waits.
+    let dir = manager.dir().to_owned();
+    let dropping = std::thread::spawn(move || ctl(&dir, &["drop", "web"]).0);
+    assert!(eventually(|| ctl(manager.dir(), &["show", "web"]).0 == 4));
     let (dir, (told, answers)) = (manager.dir().to_owned(), channel());
     let asking = std::thread::spawn(move || {
-        told.send(ctl(&dir, &["drop", "web"]).0 == 0)?;
         let begun = Instant::now();
         // The daemon has notices of its own once a second.
         while begun.elapsed() < Duration::from_millis(2500) {
@@ -223,7 +230,9 @@ fn a_manager_that_reads_nothing_for_a_while_holds_up_nobody_who_does_not_rely_on
         }
     }
     assert_eq!(manager.names(), ["image-0", "record-1"]);
+    assert!(!dropping.is_finished(), "it is answered before systemd knows of it");
     drop(reading);
+    assert_eq!(dropping.join().unwrap(), 0);
     assert!(eventually(|| manager.names().is_empty()), "{:?}", manager.names());
 }
 
