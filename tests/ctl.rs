@@ -135,7 +135,7 @@ impl Backend for Fake {
         Some([1_000, 2_000].into_iter().zip(names).map(phase).collect())
     }
 
-    fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
+    async fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
         self.store.lock().remove(id).map(drop).ok_or(Refusal::NoSuchSnapshot)
     }
 
