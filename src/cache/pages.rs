@@ -14,7 +14,7 @@ use tracing::Instrument;
 
 use crate::config::CacheSettings;
 use crate::criu::pages::{PageRange, Space};
-use crate::daemon::accept::{Pace, accept_one};
+use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
@@ -130,7 +130,6 @@ pub(super) async fn serve(cache: Rc<Cache>, stream: Stream, whose: Whose) {
 /// Serves an opened socket until its snapshot is gone.
 pub(super) async fn listen(cache: Rc<Cache>, listener: Listener, key: Key) {
     let accept = async || listener.accept().await;
-    let mut pace = Pace::default();
     loop {
         let stream = tokio::select! {
             stream = accept_one("an opened page server", &accept) => stream,
@@ -138,7 +137,6 @@ pub(super) async fn listen(cache: Rc<Cache>, listener: Listener, key: Key) {
         };
         // A task of its own: a restore goes on when the daemon stops to listen.
         tokio::task::spawn_local(admit_and_serve(cache.clone(), stream, Whose::Named(key)));
-        pace.rest().await;
     }
 }
 

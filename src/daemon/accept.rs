@@ -19,27 +19,6 @@ use crate::sys::connected::Stream;
 /// How long to wait when descriptors or memory have run out: a session's end frees some.
 pub const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// So many connections are accepted in a go on a socket that strangers may reach.
-const IN_A_GO: u32 = 4;
-/// How long the rest of the daemon then has its turn, at least.
-const REST: Duration = Duration::from_millis(1);
-
-/// Keeps those who connect over and over from having the event loop for themselves: what a connection costs that
-/// ends at once is little, but there are as many as its maker likes.
-#[derive(Debug, Default)]
-pub struct Pace(u32);
-
-impl Pace {
-    /// To be waited for after each connection. What comes meanwhile is in the socket's backlog.
-    pub async fn rest(&mut self) {
-        self.0 += 1;
-        if self.0 >= IN_A_GO {
-            self.0 = 0;
-            tokio::time::sleep(REST).await;
-        }
-    }
-}
-
 /// What an error of accept(2) means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sorted {
@@ -107,12 +86,7 @@ impl Listeners {
     ) -> io::Result<()> {
         let (listener, permits) = (Listener::from(listener)?, permits.clone());
         self.start(async move {
-            let pace = tokio::sync::Mutex::new(Pace::default());
-            let accept = async || {
-                pace.lock().await.rest().await;
-                listener.accept().await
-            };
-            accept_each(socket, permits, accept, serve).await;
+            accept_each(socket, permits, async || listener.accept().await, serve).await;
         });
         Ok(())
     }

@@ -1,12 +1,15 @@
 //! Sockets that a peer of the control socket hands over: a listening one, or one connection.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net;
+use std::time::Duration;
 
 use rustix::net::AddressFamily;
 use rustix::net::sockopt::socket_domain;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::time::sleep;
 
 use super::sockets::Bound;
 use crate::sys::connected::{Connected, Stream};
@@ -45,12 +48,23 @@ pub enum PagesSocket {
     Connected(Stream),
 }
 
-/// A socket from which connections are accepted.
+/// So many connections are accepted in a go.
+const IN_A_GO: u32 = 4;
+/// How long the rest of the daemon then has its turn, at least.
+const REST: Duration = Duration::from_millis(1);
+
+/// A socket from which connections are accepted, four in a millisecond at most: who connects over and over is not to have
+/// the event loop for itself. What a connection costs that ends at once is little, but there are as many as its maker likes.
 #[derive(Debug)]
-pub enum Listener {
-    /// TCP.
+pub struct Listener {
+    socket: Listening,
+    /// How many were accepted since the last rest.
+    accepted: Cell<u32>,
+}
+
+#[derive(Debug)]
+enum Listening {
     Tcp(TcpListener),
-    /// A unix socket.
     Unix(UnixListener),
 }
 
@@ -73,24 +87,31 @@ impl PagesSocket {
 impl Listener {
     /// Registers a listening socket with the event loop.
     pub fn from(bound: Bound) -> io::Result<Listener> {
-        match bound {
+        let socket = match bound {
             Bound::Tcp(listener) => {
                 listener.set_nonblocking(true)?;
-                TcpListener::from_std(listener).map(Listener::Tcp)
+                Listening::Tcp(TcpListener::from_std(listener)?)
             }
-            Bound::Unix(listener) => into_tokio(listener).map(Listener::Unix),
-        }
+            Bound::Unix(listener) => Listening::Unix(into_tokio(listener)?),
+        };
+        Ok(Listener { socket, accepted: Cell::new(0) })
     }
 
-    /// Accepts one connection.
+    /// Accepts one connection. What comes while it rests is in the socket's backlog.
     pub async fn accept(&self) -> io::Result<Stream> {
-        match self {
-            Listener::Tcp(listener) => {
+        if self.accepted.get() >= IN_A_GO {
+            sleep(REST).await;
+            self.accepted.set(0);
+        }
+        let stream = match &self.socket {
+            Listening::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
                 Stream::from_tcp(stream, peer)
             }
-            Listener::Unix(listener) => Ok(Stream::from_unix(listener.accept().await?.0)),
-        }
+            Listening::Unix(listener) => Ok(Stream::from_unix(listener.accept().await?.0)),
+        };
+        self.accepted.set(self.accepted.get() + 1);
+        stream
     }
 }
 

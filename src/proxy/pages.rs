@@ -20,7 +20,7 @@ use crate::criu::page_server::answer;
 use crate::criu::page_server::command::Command;
 use crate::criu::page_server::session::{Action, Session};
 use crate::criu::pages::Contents;
-use crate::daemon::accept::{Pace, accept_one};
+use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
@@ -120,7 +120,6 @@ pub(super) async fn serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
 /// Serves an opened socket until the snapshot is whole, or its record is stopped or replaced.
 pub(super) async fn listen(proxy: Rc<Proxy>, listener: Listener, target: Target) {
     let accept = async || listener.accept().await;
-    let mut pace = Pace::default();
     loop {
         let stream = tokio::select! {
             stream = accept_one("an opened page server", &accept) => stream,
@@ -128,7 +127,6 @@ pub(super) async fn listen(proxy: Rc<Proxy>, listener: Listener, target: Target)
         };
         // A task of its own: a round goes on when the daemon stops to listen.
         tokio::task::spawn_local(admit_and_serve(proxy.clone(), stream, target.clone()));
-        pace.rest().await;
     }
 }
 
