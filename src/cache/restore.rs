@@ -167,8 +167,6 @@ pub(super) async fn serve(
         let Some(claim) = &restore.claim else { return false };
         if outcome.takes() {
             claim.taken();
-            // Whoever waits for the end of the session relies on that, whatever becomes of the cache.
-            cache.keeping.follow().await;
             if let Some(since) = restore.served_since {
                 cache.figures.restores.observe(since.elapsed());
             }
@@ -176,6 +174,10 @@ pub(super) async fn serve(
             claim.failed();
         }
         tell(peer, claim, &outcome, &restore.sent, started);
+        if outcome.takes() {
+            // Whoever waits for the end of the session relies on that, whatever becomes of the cache.
+            cache.keeping.follow().await;
+        }
         outcome.takes()
     }
     .instrument(span)
