@@ -17,7 +17,7 @@ use crate::sys::memfd;
 
 /// What the kernel gives memory in, in bytes. What an image is charged for is rounded up to it, and
 /// an empty one is charged for one page: it is a descriptor and an inode.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 /// How much of an image is read at once, in bytes.
 const READ: usize = 128 << 10;
@@ -71,18 +71,6 @@ pub(super) enum Place<'a> {
     Record(u64),
     /// In the pages of an index.
     Pages(&'a Index),
-}
-
-/// Copies a small image to an offset of a file.
-pub(super) fn copy_small(image: &Image, to: &File, mut at: u64) -> io::Result<()> {
-    let mut done = 0;
-    while let Some(part) = image.part(done, u64::MAX) {
-        let mut bytes = vec![0; usize::try_from(part.len).map_err(io::Error::other)?];
-        part.file.read_exact_at(&mut bytes, part.offset)?;
-        to.write_all_at(&bytes, at)?;
-        (done, at) = (done + part.len, at + part.len);
-    }
-    Ok(())
 }
 
 /// Bytes of an image that follow each other in a file.
@@ -218,7 +206,7 @@ impl Image {
     pub(super) fn set_apart(&self, charge: Charge) -> io::Result<()> {
         if let Bytes::Record { apart, .. } = &self.bytes {
             let image = Image::create(&self.name, charge)?;
-            copy_small(self, image.file(), 0)?;
+            image.file().write_all_at(&self.bytes()?, 0)?;
             image.grown_to(self.len());
             image.end();
             let _ = apart.set(Rc::new(image));
@@ -365,6 +353,19 @@ pub(super) struct FromStart<'a> {
 }
 
 impl Image {
+    /// All bytes of a small image.
+    pub(super) fn bytes(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(self.len()).map_err(io::Error::other)?];
+        let mut room = &mut bytes[..];
+        while let Some(part) = self.part(self.len() - room.len() as u64, room.len() as u64) {
+            let len = usize::try_from(part.len).map_err(io::Error::other)?;
+            let (now, later) = room.split_at_mut(len);
+            part.file.read_exact_at(now, part.offset)?;
+            room = later;
+        }
+        Ok(bytes)
+    }
+
     /// Reads an image that is in one file, in large pieces.
     pub(super) fn reader(&self) -> BufReader<FromStart<'_>> {
         let begin = if let Bytes::Record { offset, .. } = &self.bytes { *offset } else { 0 };

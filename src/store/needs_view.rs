@@ -1,8 +1,5 @@
 //! Whether a snapshot can be restored through the stream, or only from a view of its images as files.
 
-use std::io::Read;
-
-use super::image::Image;
 use super::snapshot::Images;
 use crate::criu::pipes::{Decides, NeedsFile, mappings_need_file};
 
@@ -21,17 +18,11 @@ pub(super) fn why(images: &Images) -> Option<String> {
             Decides::Mappings if image.len() > left => Some(NeedsFile::Unknown),
             Decides::Mappings => {
                 left -= image.len();
-                read(image).map_or(Some(NeedsFile::Unknown), |mm| mappings_need_file(&mm))
+                image.bytes().map_or(Some(NeedsFile::Unknown), |mm| mappings_need_file(&mm))
             }
         };
         needs.map(|needs| format!("{name}: {needs}"))
     })
-}
-
-fn read(image: &Image) -> Option<Vec<u8>> {
-    let mut bytes = vec![0; usize::try_from(image.len()).ok()?];
-    image.reader().read_exact(&mut bytes).ok()?;
-    Some(bytes)
 }
 
 #[cfg(test)]
@@ -39,6 +30,7 @@ mod tests {
     use std::rc::Rc;
 
     use super::*;
+    use crate::store::image::Image;
     use crate::store::quota::Quota;
 
     fn images(named: &[(&str, &[u8])]) -> Images {

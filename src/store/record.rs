@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::rc::Rc;
 
 use super::closing::close;
-use super::image::{Image, Place, copy_small};
+use super::image::{Image, PAGE, Place};
 use super::quota::{Charge, Exhausted, Quota};
 use super::snapshot::State;
 use super::turns::Turns;
@@ -22,8 +22,6 @@ pub(super) const HEAD: usize = 16;
 pub(super) const SMALL: u64 = 64 * 1024;
 /// So many bytes of text are written at once.
 const PIECE: usize = 1 << 20;
-/// What the kernel gives memory in, in bytes.
-const PAGE: u64 = 4096;
 
 /// A record. What is in it stays where it is: its pages may sit in pipes, on their way to a restore.
 #[derive(Debug)]
@@ -89,7 +87,7 @@ impl Record {
     /// still holds it twice for as long as that takes.
     fn take_in(self: &Rc<Record>, image: &Rc<Image>) -> io::Result<Image> {
         let begin = self.len.get();
-        copy_small(image, &self.file, begin)?;
+        self.file.write_all_at(&image.bytes()?, begin)?;
         self.len.set(begin + image.len());
         self.images.set(self.len.get());
         let is_held = Rc::strong_count(image) > 1;
