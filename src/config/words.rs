@@ -174,7 +174,7 @@ impl Syntax for CacheAddress {
     }
 
     fn write<S: Serializer>(address: &String, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_str(address)
+        HostPort::write(address, s)
     }
 }
 

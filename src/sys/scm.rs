@@ -64,12 +64,7 @@ pub fn receive_byte(socket: impl AsFd) -> io::Result<Option<(u8, Option<OwnedFd>
 
 /// Sends one byte and the descriptor that belongs to it.
 pub fn send_descriptor(socket: impl AsFd, descriptor: BorrowedFd<'_>) -> io::Result<()> {
-    let descriptors = [descriptor];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    control.push(SendAncillaryMessage::ScmRights(&descriptors));
-    sendmsg(socket, &[IoSlice::new(&[0])], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
+    send(socket, &[0], Some(descriptor), SendFlags::NOSIGNAL)
 }
 
 /// Sends a message, at once or not at all, and the descriptor that belongs to it, if one does.
@@ -78,12 +73,20 @@ pub fn send_message(
     message: &[u8],
     descriptor: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
+    send(socket, message, descriptor, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+}
+
+fn send(
+    socket: impl AsFd,
+    message: &[u8],
+    descriptor: Option<BorrowedFd<'_>>,
+    flags: SendFlags,
+) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if let Some(descriptor) = &descriptor {
         control.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(descriptor)));
     }
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     sendmsg(socket, &[IoSlice::new(message)], &mut control, flags)?;
     Ok(())
 }
