@@ -10,19 +10,11 @@ use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::daemon::CONTROL_SOCKET;
 use criu_image_relay::wire::frame;
 use criu_image_relay::wire::message::{Hello, Message, SnapshotAbort};
-use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::criu::RECORDS;
-use crate::daemons::{Daemon, SOON, eventually};
+use crate::daemons::{Daemon, SOON, eventually, have_many_files};
 use crate::link::Link;
 use crate::proxy_standin::ProxyStandin;
-
-/// This process may have as many open files as it is allowed at most.
-fn have_many_files() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).unwrap();
-}
 
 #[test]
 fn silent_connections_hold_no_links() {

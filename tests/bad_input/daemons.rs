@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use criu_image_relay::control::model::{Snapshot, SnapshotState, Status};
 use criu_image_relay::control::{Client, ClientError, Reading};
 use criu_image_relay::daemon::CONTROL_SOCKET;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tempfile::TempDir;
 
 #[path = "../messages/log.rs"]
@@ -478,6 +479,13 @@ pub(crate) fn eventually(mut come: impl FnMut() -> bool) -> bool {
         std::thread::sleep(Duration::from_millis(10));
     }
     true
+}
+
+/// This process may have as many open files as it is allowed at most.
+pub(crate) fn have_many_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
 }
 
 /// An address that nobody listens on. Its port is none that the kernel gives to a connection.

@@ -22,10 +22,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_linger, socket_error};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
-use rustix::process::{Resource, getrlimit, setrlimit};
 
 use criu::{Criu, RECORDS};
-use daemons::{Daemon, unused_address};
+use daemons::{Daemon, have_many_files, unused_address};
 
 const USAGE: &str = "\
 usage: tests/long/connections [--connections N] [--build DIR]
@@ -173,13 +172,6 @@ fn trial(connections: usize) -> bool {
 
 /// As many as a unit's `LimitNOFILE=` is for.
 const FILES: u32 = 16384;
-
-/// This process may have as many open files as it is allowed at most.
-fn have_many_files() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).unwrap();
-}
 
 fn millis(time: Duration) -> String {
     format!("{:.1}", time.as_secs_f64() * 1e3)
