@@ -62,8 +62,11 @@ fn what_the_cache_holds_is_charged_to_its_unit_and_a_limit_of_that_kills() {
         -p StandardError=null /usr/bin/workload --mib 48 --out /tmp/w.json --seed 7
         until [ -e /tmp/w.json ]; do sleep 0.1; done");
     let process = ok("systemctl show -P MainPID w").trim().to_owned();
-    let dump =
-        format!("criu dump --stream -D /run/criu-image/proxy -W /tmp -o dump.log -t {process}");
+    // With the hook: without it CRIU ends the process as soon as the proxy has copied its memory.
+    let dump = format!(
+        "criu dump --stream -D /run/criu-image/proxy -W /tmp -o dump.log -t {process} \
+        --action-script criu-imagectl"
+    );
     assert_eq!(ok(&format!("{dump} >&2; echo $?")).trim(), "1");
     // It runs on.
     ok(&format!(
