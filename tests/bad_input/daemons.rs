@@ -221,6 +221,12 @@ impl Daemon {
         self.proc_status("VmPeak:") << 10
     }
 
+    /// How long its event loop has run on a processor.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        let said = fs::read_to_string(format!("/proc/{}/schedstat", self.child.id())).unwrap();
+        Duration::from_nanos(said.split(' ').next().unwrap().parse().unwrap())
+    }
+
     /// How many threads it has.
     pub(crate) fn threads(&self) -> u64 {
         self.proc_status("Threads:")

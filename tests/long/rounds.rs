@@ -12,8 +12,9 @@ mod page_client;
 mod rounds;
 
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
-use rounds::{AT_ONCE, daemons, second_round};
+use rounds::{daemons, second_round};
 
 const USAGE: &str = "\
 usage: tests/long/rounds [--build DIR]
@@ -25,6 +26,9 @@ Exit status 0 says that no size costs more than 1.5 times as much a run as the o
 
   --build DIR   the binaries to try (default: this checkout's)
 ";
+
+/// How long an answer of the cache may take, whatever else it does.
+const AT_ONCE: Duration = Duration::from_millis(100);
 
 /// In MiB.
 const SIZES: [u64; 5] = [64, 128, 256, 512, 1024];

@@ -23,5 +23,6 @@ mod chain;
 mod cuts;
 mod memory;
 mod order;
+#[allow(dead_code, reason = "what is not asked for here, tests/long has")]
 mod rounds;
 mod views;
