@@ -127,6 +127,28 @@ impl Drop for Claim {
     fn drop(&mut self) {
         if self.binding {
             self.store.update(self.key, Snapshot::unbind);
+            self.store.forget_forsaken(self.key);
         }
+    }
+}
+
+/// A directory is open for restores of a snapshot, which is listed as long as that may come.
+#[derive(Debug)]
+pub struct OpenDirectory {
+    store: Rc<Store>,
+    key: Key,
+}
+
+impl OpenDirectory {
+    pub(super) fn of(store: &Rc<Store>, key: Key) -> OpenDirectory {
+        store.update(key, |snapshot| snapshot.directories += 1);
+        OpenDirectory { store: store.clone(), key }
+    }
+}
+
+impl Drop for OpenDirectory {
+    fn drop(&mut self) {
+        self.store.update(self.key, |snapshot| snapshot.directories -= 1);
+        self.store.forget_forsaken(self.key);
     }
 }

@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-pub use claim::{Claim, Permission, Unavailable};
+pub use claim::{Claim, OpenDirectory, Permission, Unavailable};
 pub use closing::{close, close_in_background};
 pub use files::NoFiles;
 pub use image::{Image, Part};
@@ -198,7 +198,9 @@ impl Store {
         self.snapshots.borrow().values().find(|snapshot| snapshot.id == id).map(look)
     }
 
-    /// A restore will ask for a snapshot of that id by name: lists it as awaited if it is not there.
+    /// A restore will ask for a snapshot of that id by name: lists it as awaited if it is not there. It has to be
+    /// [claimed](Store::claim), or a [directory](Store::open_directory) opened for it: when the last of them goes, the
+    /// snapshot is listed no more, unless something of it has come.
     ///
     /// One that was taken is refused unless that is permitted: its process may run, and the one
     /// that is awaited may be another. One that is wanted again has to be there.
@@ -221,6 +223,19 @@ impl Store {
             return Err(Refused::Taken(id.to_owned()));
         }
         Ok(key)
+    }
+
+    /// Keeps a snapshot listed while a directory is open for restores of it.
+    pub fn open_directory(self: &Rc<Store>, key: Key) -> OpenDirectory {
+        OpenDirectory::of(self, key)
+    }
+
+    /// Takes a snapshot from the list of which nothing has come, if nobody waits for it any more.
+    fn forget_forsaken(&self, key: Key) {
+        if self.look(key, Snapshot::is_forsaken) == Some(true) {
+            self.snapshots.borrow_mut().remove(&key);
+            self.changed.send_replace(());
+        }
     }
 
     /// Keeps a snapshot for the restores that ask for it by name.

@@ -120,6 +120,8 @@ pub struct Snapshot {
     pub(super) view_turn: Rc<Mutex<()>>,
     /// How many restores are bound to it now.
     pub restores: usize,
+    /// How many directories are open for restores of it.
+    pub(super) directories: usize,
     /// Whether it is kept for restores that ask for it by name.
     pub reserved: bool,
     /// Whether its source has withdrawn it: the process runs on there.
@@ -150,6 +152,7 @@ impl Snapshot {
             view_awaited: false,
             view_turn: Rc::default(),
             restores: 0,
+            directories: 0,
             reserved: false,
             withdrawn: false,
             timeline,
@@ -162,7 +165,7 @@ impl Snapshot {
     /// Begins to come, or to come again: as `state` says, which is [`State::Receiving`] or
     /// [`State::Paged`]. Its pages stay if they were to be joined by images.
     pub(super) fn begin(&mut self, sender: &Sender, state: State) {
-        let Snapshot { view_awaited, restores, reserved, .. } = *self;
+        let Snapshot { view_awaited, restores, directories, reserved, .. } = *self;
         let receives = matches!(state, State::Receiving(_));
         let mut begun = Snapshot::new(&self.id, sender, state);
         if matches!(self.state, State::Paged) {
@@ -173,7 +176,7 @@ impl Snapshot {
                 begun.timeline.begin(PhaseName::Arrival);
             }
         }
-        *self = Snapshot { view_awaited, restores, reserved, ..begun };
+        *self = Snapshot { view_awaited, restores, directories, reserved, ..begun };
     }
 
     /// Cannot be completed: becomes damaged, and gives its bytes back. What pages it had before its images
@@ -236,6 +239,11 @@ impl Snapshot {
         if self.restores == 0 {
             self.timeline.end(PhaseName::Restore, 0, true);
         }
+    }
+
+    /// Whether nothing of it has come, and nobody waits for it any more.
+    pub(super) fn is_forsaken(&self) -> bool {
+        matches!(self.state, State::Awaited) && self.restores == 0 && self.directories == 0
     }
 
     /// Its images, where there are any.

@@ -183,6 +183,30 @@ async fn an_awaited_snapshot_becomes_the_one_that_comes() {
 }
 
 #[tokio::test]
+async fn what_nobody_waits_for_any_more_is_not_listed_unless_something_of_it_has_come() {
+    let store = store(1 << 20);
+    let listed = || store.key_of("web").is_some();
+    let key = store.expect("web", Permission::default()).unwrap();
+    let (first, copy) =
+        (store.claim(key, Permission::default()).unwrap(), store.claim(key, COPY).unwrap());
+    drop(first);
+    assert!(listed(), "another waits");
+    drop(copy);
+    assert!(!listed());
+
+    let key = store.expect("web", Permission::default()).unwrap();
+    let directory = store.open_directory(key);
+    drop(store.claim(key, Permission::default()).unwrap());
+    assert!(listed(), "another CRIU may come to the directory");
+    let waits = store.claim(key, Permission::default()).unwrap();
+    drop(directory);
+    assert!(listed());
+    whole(&store, "web").await;
+    drop(waits);
+    assert_eq!(state(&store, "web"), "whole");
+}
+
+#[tokio::test]
 async fn what_was_taken_or_damaged_expires_as_configured() {
     let store = store(1 << 20);
     let later = |seconds| Instant::now() + Duration::from_secs(seconds);
