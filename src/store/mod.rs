@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!              begin            complete              take            keep is over, drop
-//!  awaited ──────────▶ receiving ───────▶ whole ◀──────────▶ taken ───────────▶ (dropped)
+//!  awaited ──────────▶ receiving ───────▶ whole ───────────▶ taken ───────────▶ (dropped)
 //!     │                ▲   │ fail, a check that fails
 //!     │                │   └───────────▶ damaged ───▶ (dropped, after keep-damaged)
 //!     └──────────────▶ paged ◀─┐ a round of pages
@@ -534,7 +534,7 @@ impl Store {
         let key = in_order.next().map(|(key, _)| *key)?;
         drop(in_order);
         drop(snapshots);
-        Some(self.bind(key, Permission::default()))
+        Some(self.bind(key))
     }
 
     /// Binds a restore to a snapshot, which need not have come yet. It gets none that another restore has or has
@@ -554,19 +554,18 @@ impl Store {
         match refused {
             None => Err(Unavailable::Dropped),
             Some(Some(refused)) => Err(refused),
-            Some(None) => Ok(self.bind(key, permission)),
+            Some(None) => Ok(self.bind(key)),
         }
     }
 
-    fn bind(self: &Rc<Store>, key: Key, permission: Permission) -> Claim {
+    fn bind(self: &Rc<Store>, key: Key) -> Claim {
         self.update(key, Snapshot::bind);
-        Claim { store: self.clone(), key, binding: true, permission }
+        Claim { store: self.clone(), key, binding: true }
     }
 
     /// Gives somebody a look at a snapshot; restores get it all the same.
     pub fn peek(self: &Rc<Store>, key: Key) -> Claim {
-        let permission = Permission::default();
-        Claim { store: self.clone(), key, binding: false, permission }
+        Claim { store: self.clone(), key, binding: false }
     }
 
     /// A restore of a snapshot has ended: it and its parents, those before it in its chain, are taken. Returns their ids; `None` when

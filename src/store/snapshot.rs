@@ -216,10 +216,9 @@ impl Snapshot {
         self.since = Instant::now();
     }
 
-    /// Becomes whole again if it was taken.
-    pub(super) fn give_back(&mut self) {
-        if let State::Taken(images) = &self.state {
-            self.state = State::Whole(images.clone());
+    /// If it was taken, the time it is kept begins anew.
+    pub(super) fn keep_on(&mut self) {
+        if matches!(self.state, State::Taken(_)) {
             self.since = Instant::now();
         }
     }
