@@ -259,6 +259,11 @@ impl Store {
         self.look(key, |snapshot| snapshot.id.clone())
     }
 
+    /// Who sent a snapshot, while it is listed.
+    pub fn sender(&self, key: Key) -> Option<Sender> {
+        self.look(key, |snapshot| snapshot.sender.clone())
+    }
+
     /// Resolves when the snapshot is no longer listed.
     pub async fn gone(&self, key: Key) {
         let mut changed = self.watch();
@@ -616,8 +621,8 @@ impl Store {
     }
 
     /// Forgets what has been kept long enough; returns the ids of snapshots among it, of what was taken and of
-    /// what was damaged, each with the reason.
-    pub fn expire(&self, now: Instant) -> Vec<(String, &'static str)> {
+    /// what was damaged, each with who sent it and the reason.
+    pub fn expire(&self, now: Instant) -> Vec<(String, Sender, &'static str)> {
         let (keep, keep_damaged) = {
             let settings = self.settings.borrow();
             (settings.keep, settings.keep_damaged)
@@ -638,12 +643,12 @@ impl Store {
                     State::Damaged { .. } => "it is damaged, and store.keep-damaged is over",
                     _ => "it was taken, and store.keep is over",
                 };
-                expired.push((snapshot.id.clone(), why));
+                expired.push((snapshot.id.clone(), snapshot.sender.clone(), why));
             }
             snapshot.forget_unused(now);
             keeps
         });
-        for (id, _) in &expired {
+        for (id, ..) in &expired {
             one_more(&self.tally.expired);
             self.lists.borrow_mut().forget(id);
         }

@@ -64,6 +64,14 @@ pub struct Sender {
     pub attempt: u64,
 }
 
+impl Sender {
+    /// Its address, as it stands in its name: "host-a (192.0.2.7:41442)".
+    pub fn address(&self) -> &str {
+        let within = self.name.rsplit_once(" (").and_then(|(_, rest)| rest.strip_suffix(')'));
+        within.unwrap_or(&self.name)
+    }
+}
+
 /// The pages of a snapshot that came apart from its images, in rounds.
 #[derive(Debug, Default)]
 pub(super) struct Pages {

@@ -206,6 +206,17 @@ async fn what_nobody_waits_for_any_more_is_not_listed_unless_something_of_it_has
     assert_eq!(state(&store, "web"), "whole");
 }
 
+#[test]
+fn a_sender_is_known_by_its_address_and_not_by_what_it_calls_itself() {
+    for (name, address) in [
+        ("host-a (192.0.2.7:41442)", "192.0.2.7:41442"),
+        ("x (203.0.113.1:1) ([2001:db8::1]:1)", "[2001:db8::1]:1"),
+        ("host-a (unix socket)", "unix socket"),
+    ] {
+        assert_eq!(from(name).address(), address);
+    }
+}
+
 #[tokio::test]
 async fn what_was_taken_or_damaged_expires_as_configured() {
     let store = store(1 << 20);
@@ -214,7 +225,7 @@ async fn what_was_taken_or_damaged_expires_as_configured() {
     assert!(store.expire(later(1_000_000)).is_empty(), "what nobody took stays");
     store.claim_oldest().unwrap().taken();
     assert!(store.expire(later(9 * 60)).is_empty());
-    let taken = ("web".to_owned(), "it was taken, and store.keep is over");
+    let taken = ("web".to_owned(), from("a"), "it was taken, and store.keep is over");
     assert_eq!(store.expire(later(11 * 60)), std::slice::from_ref(&taken));
     assert_eq!(store.quota().used(), 0);
 
@@ -229,7 +240,7 @@ async fn what_was_taken_or_damaged_expires_as_configured() {
     let key = store.begin("db", &from("a")).unwrap();
     store.fail(key, "torn");
     assert!(store.expire(later(10)).is_empty());
-    let damaged = ("db".to_owned(), "it is damaged, and store.keep-damaged is over");
+    let damaged = ("db".to_owned(), from("a"), "it is damaged, and store.keep-damaged is over");
     assert_eq!(store.expire(later(3601)), [damaged]);
 }
 
