@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use criu_image_relay::control::model::{
-    Image, ImageFile, Role, Snapshot, SnapshotState, Status, Withdrawn,
+    Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status, Withdrawn,
 };
 use criu_image_relay::control::{Backend, Open, OpenPages, Reading, Refusal, Withdraw, serve};
 use criu_image_relay::criu::stream::{decode_request, encode_reply, request_len};
@@ -75,6 +75,8 @@ enum Manner {
     Honest,
     /// Ends a capture at the second image; serves images without their last byte.
     CutsShort,
+    /// A proxy that cannot reach its cache.
+    HasNoLink,
 }
 
 struct Fake {
@@ -137,6 +139,12 @@ impl Backend for Fake {
 
     async fn drop_snapshot(&self, id: &str, _peer: Peer) -> Result<(), Refusal> {
         self.store.lock().remove(id).map(drop).ok_or(Refusal::NoSuchSnapshot)
+    }
+
+    async fn connect(&self, to: Option<&str>, _limit: Duration) -> Result<LinkStatus, Refusal> {
+        let up = self.manner != Manner::HasNoLink;
+        let why = if up { "connected" } else { "Connection refused (os error 111)" };
+        Ok(LinkStatus { peer: to.unwrap_or("hostb:9996").to_owned(), up, why: why.to_owned() })
     }
 
     async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {
@@ -682,6 +690,20 @@ fn a_migration_that_fails_says_why_and_leaves_nothing() {
     silent.complains("stats-dump: No such file");
     let garbage = "[ $1 = check ] || echo garbage-garbage >$5/stats-dump";
     migrate_with(&proxy, garbage, &[]).exits(1).complains("does not begin as CRIU's statistics do");
+}
+
+#[test]
+fn a_migration_without_a_link_to_its_cache_does_not_begin() {
+    let proxy = Daemon::start(Role::Proxy, &Store::default(), Manner::HasNoLink);
+    let ran = proxy.path("ran");
+    let criu = format!("touch {}", utf8(&ran));
+    for (options, cache) in [(&[][..], "hostb:9996"), (&["--to", "hostc:1"], "hostc:1")] {
+        let told = migrate_with(&proxy, &criu, options).exits(3);
+        let why = format!("there is no link to the cache {cache}: Connection refused");
+        let told = told.complains(&why).err();
+        assert!(told.contains("was not touched") && told.contains("--to"), "{told}");
+    }
+    assert!(!ran.exists() && proxy.store.lock().is_empty());
 }
 
 #[test]

@@ -7,10 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use criu_image_relay::control::model::{Image, LinkStatus, Role, Snapshot, SnapshotState, Status};
 use criu_image_relay::criu::remote::{Reply, Request, encode_id};
 use criu_image_relay::criu::stream::{encode_reply, encode_request};
 use criu_image_relay::wire::frame::{HEADER_LEN, Header, check_preface};
 use criu_image_relay::wire::message::Message;
+use serde_json::json;
 
 #[path = "messages/mod.rs"]
 mod messages;
@@ -88,6 +90,70 @@ fn every_option_and_command_stands_in_the_page_of_commands() {
             let own_by_help: BTreeSet<_> = all.difference(&common).cloned().collect();
             assert_eq!(own_by_help, own, "criu-imagectl {command}");
         }
+    }
+}
+
+/// The keys of an object.
+fn keys(object: &serde_json::Value) -> BTreeSet<String> {
+    object.as_object().unwrap().keys().cloned().collect()
+}
+
+/// What the page shows as JSON for a command: an array with one object.
+fn shown_json(page: &str, command: &str) -> serde_json::Value {
+    let section = section(page, &format!("### criu-imagectl {command}"));
+    let example = section.split("\n\n").find(|paragraph| paragraph.starts_with("    [{")).unwrap();
+    serde_json::from_str::<Vec<_>>(example).unwrap().pop().unwrap()
+}
+
+#[test]
+fn every_field_of_the_json_stands_in_the_page_of_commands() {
+    let page = read("docs/cli.md");
+    let link = LinkStatus { peer: String::new(), up: true, why: String::new() };
+    let status = Status {
+        role: Role::Cache,
+        version: String::new(),
+        started_ms: 0,
+        sessions: 0,
+        receiving: 0,
+        whole: 0,
+        taken: 0,
+        damaged: 0,
+        held_bytes: 0,
+        max_bytes: 0,
+        total_bytes: 0,
+        rate: 0,
+        links: vec![link.clone()],
+    };
+    let shown = shown_json(&page, "status");
+    assert_eq!(keys(&shown), keys(&json!(status)));
+    assert_eq!(keys(&shown["links"][0]), keys(&json!(link)));
+
+    let snapshot = Snapshot {
+        id: String::new(),
+        state: SnapshotState::Whole,
+        reason: String::new(),
+        peer: String::new(),
+        images: 0,
+        bytes: 0,
+        begun_ms: 0,
+        ended_ms: 0,
+        needs_view: String::new(),
+        memory_may_have_changed: None,
+    };
+    let mut always = keys(&json!(snapshot));
+    // The command adds it.
+    always.insert("daemon".to_owned());
+    assert_eq!(keys(&shown_json(&page, "list")), always);
+    let marked = Snapshot { memory_may_have_changed: Some(true), ..snapshot };
+    let list = section(&page, "### criu-imagectl list");
+    for rare in keys(&json!(marked)).difference(&always) {
+        assert!(list.contains(&format!("`{rare}`")), "{rare}");
+    }
+
+    let show = section(&page, "### criu-imagectl show");
+    let image = Image { name: "core-7.img".to_owned(), bytes: 14, whole: true };
+    for key in keys(&json!(image)) {
+        assert!(show.contains(&format!("{key:?}: ")), "{key}");
     }
 }
 

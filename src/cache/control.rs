@@ -101,9 +101,10 @@ impl Backend for Control {
                 tokio::task::spawn_local(serve(cache, socket, source, claim));
             }
             Socket::Listening(listener, file) => {
+                let directory = cache.store.open_directory(key);
                 self.0.listeners.start(async move {
                     listen(cache, listener, key, source).await;
-                    drop(file);
+                    drop((directory, file));
                 });
             }
         }

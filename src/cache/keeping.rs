@@ -199,9 +199,11 @@ impl Keeping {
             let Some(kept) = self.keep(store, key).await else { continue };
             if let Err(why) = &kept {
                 let id = store.id(key).unwrap_or_default();
+                let sender = store.sender(key).unwrap_or_default();
                 tracing::warn!(
                     message_id = journal::SNAPSHOT_NOT_KEPT,
                     criu_snapshot = id,
+                    criu_peer = sender.address(),
                     criu_reason = why,
                     "snapshot {id} would be lost if the cache stopped: {why}"
                 );

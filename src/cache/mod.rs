@@ -330,10 +330,11 @@ impl Daemon for Cache {
 
     fn tick(&self) {
         self.rate.sample(self.store.total());
-        for (id, why) in self.store.expire(Instant::now()) {
+        for (id, sender, why) in self.store.expire(Instant::now()) {
             tracing::info!(
                 message_id = journal::SNAPSHOT_EXPIRED,
                 criu_snapshot = id,
+                criu_peer = sender.address(),
                 criu_reason = why,
                 "snapshot {id} is no longer kept: {why}"
             );

@@ -240,11 +240,16 @@ fn tell(peer: Peer, claim: &Claim, outcome: &Outcome, sent: &Read, started: Inst
         }
         Outcome::Failed => {
             let criu_reason = "its restore has said so";
+            let state = if claim.is_taken() {
+                "taken, as before, since another restore may have succeeded"
+            } else {
+                "whole and may be restored"
+            };
             tracing::warn!(
                 message_id = journal::RESTORE_FAILED,
                 criu_snapshot = id,
                 criu_reason,
-                "a restore by {peer} has failed: snapshot {id} is whole and may be restored"
+                "a restore by {peer} has failed: snapshot {id} is {state}"
             );
         }
         Outcome::Unread(images) => {

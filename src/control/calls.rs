@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect;
 
-use super::model::{Image, ImageFile, Snapshot, Status, Withdrawn};
+use super::model::{Image, ImageFile, LinkStatus, Snapshot, Status, Withdrawn};
 use crate::timeline::Phase;
 
 /// The methods, by the names that stand on the wire.
@@ -14,6 +14,7 @@ pub(super) mod method {
     pub(in super::super) const TIMELINE: &str = "org.criu.ImageRelay.Timeline";
     pub(in super::super) const WATCH: &str = "org.criu.ImageRelay.Watch";
     pub(in super::super) const WITHDRAW: &str = "org.criu.ImageRelay.Withdraw";
+    pub(in super::super) const CONNECT: &str = "org.criu.ImageRelay.Connect";
     pub(in super::super) const DROP: &str = "org.criu.ImageRelay.Drop";
     pub(in super::super) const OPEN: &str = "org.criu.ImageRelay.Open";
     pub(in super::super) const OPEN_PAGES: &str = "org.criu.ImageRelay.OpenPages";
@@ -57,6 +58,20 @@ pub(super) struct WithdrawIn {
 #[derive(Debug, Serialize, Deserialize, introspect::Type)]
 pub(super) struct WithdrawOut {
     pub(super) outcome: Withdrawn,
+}
+
+/// The parameters of `Connect`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct ConnectIn {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) to: Option<String>,
+    pub(super) timeout_ms: u64,
+}
+
+/// The reply of `Connect`.
+#[derive(Debug, Serialize, Deserialize, introspect::Type)]
+pub(super) struct ConnectOut {
+    pub(super) link: LinkStatus,
 }
 
 /// The parameters of `Open`.

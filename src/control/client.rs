@@ -12,11 +12,11 @@ use zlink::{Call, Connection, Reply};
 
 use super::Reading;
 use super::calls::{
-    ById, CallError, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, Nothing, OpenIn,
-    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, WithdrawIn,
-    WithdrawOut, method,
+    ById, CallError, ConnectIn, ConnectOut, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut,
+    Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut,
+    WithdrawIn, WithdrawOut, method,
 };
-use super::model::{Image, ImageFile, Snapshot, Status, Withdrawn};
+use super::model::{Image, ImageFile, LinkStatus, Snapshot, Status, Withdrawn};
 use crate::timeline::Phase;
 
 /// Why a call has no result.
@@ -209,6 +209,19 @@ impl Client {
         let call = OpenPagesIn { id: id.to_owned(), parent: None, to, attempt };
         let _: Nothing = self.call(method::OPEN_PAGES, call, vec![socket]).await?;
         Ok(())
+    }
+
+    /// Has the proxy make its link to a cache, unless it is there, and waits for that no longer than `limit`. `to` is as in
+    /// [`Open`](super::Open).
+    pub async fn connect_link(
+        &mut self,
+        to: Option<&str>,
+        limit: Duration,
+    ) -> Result<LinkStatus, ClientError> {
+        let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let call = ConnectIn { to: to.map(str::to_owned), timeout_ms };
+        let reply: ConnectOut = self.call(method::CONNECT, call, Vec::new()).await?;
+        Ok(reply.link)
     }
 
     /// Has the cache give up what came of an attempt to move a process, and waits for its answer.

@@ -4,9 +4,9 @@ use zlink::idl::{Error, Field, Type};
 use zlink::introspect::{ReplyError, Type as Introspect};
 
 use super::calls::{
-    ById, CallError, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, Nothing, OpenIn,
-    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, WithdrawIn,
-    WithdrawOut,
+    ById, CallError, ConnectIn, ConnectOut, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut,
+    Nothing, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut,
+    WithdrawIn, WithdrawOut,
 };
 use super::model::{
     Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status, Withdrawn,
@@ -64,6 +64,7 @@ fn it_says_what_the_types_say() {
         ("Timeline", ById::TYPE, TimelineOut::TYPE),
         ("Watch", WatchIn::TYPE, WatchOut::TYPE),
         ("Withdraw", WithdrawIn::TYPE, WithdrawOut::TYPE),
+        ("Connect", ConnectIn::TYPE, ConnectOut::TYPE),
         ("Drop", ById::TYPE, Nothing::TYPE),
         ("Open", OpenIn::TYPE, Nothing::TYPE),
         ("OpenPages", OpenPagesIn::TYPE, Nothing::TYPE),

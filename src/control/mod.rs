@@ -32,7 +32,7 @@ pub use client::{Client, ClientError, Watch};
 
 use crate::daemon::sessions::Peer;
 use crate::timeline::Phase;
-use model::{Image, ImageFile, Snapshot, Status, Withdrawn};
+use model::{Image, ImageFile, LinkStatus, Snapshot, Status, Withdrawn};
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.criu.ImageRelay";
@@ -71,6 +71,15 @@ pub trait Backend {
     /// Has the cache give up what came of an attempt to move a process, which has failed.
     fn withdraw(&self, _request: Withdraw) -> impl Future<Output = Result<Withdrawn, Refusal>> {
         async { Err(Refusal::Refused("it is the proxy that sends: ask that one".to_owned())) }
+    }
+
+    /// Makes the link to a cache, unless it is there; `to` is as in [`Open`]. Returns how the link is then, or when `limit` is over.
+    fn connect(
+        &self,
+        _to: Option<&str>,
+        _limit: Duration,
+    ) -> impl Future<Output = Result<LinkStatus, Refusal>> {
+        async { Err(Refusal::Refused("a cache connects to nobody: ask the proxy".to_owned())) }
     }
 
     /// Serves CRIU's stream protocol on a socket. It returns at once: what happens on the socket
@@ -226,6 +235,10 @@ impl<B: Backend + ?Sized> Backend for Rc<B> {
 
     async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {
         (**self).withdraw(request).await
+    }
+
+    async fn connect(&self, to: Option<&str>, limit: Duration) -> Result<LinkStatus, Refusal> {
+        (**self).connect(to, limit).await
     }
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {

@@ -16,9 +16,9 @@ use zlink::varlink_service::{Error as ServiceError, Info};
 use zlink::{Call, Connection, Reply};
 
 use super::calls::{
-    ById, CallError, DescriptionIn, ExpectDumpIn, FinishDumpIn, FinishDumpOut, ListOut, OpenIn,
-    OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn, WatchOut, WithdrawIn,
-    WithdrawOut, method,
+    ById, CallError, ConnectIn, ConnectOut, DescriptionIn, ExpectDumpIn, FinishDumpIn,
+    FinishDumpOut, ListOut, OpenIn, OpenPagesIn, ShowOut, StatusOut, TimelineOut, ViewOut, WatchIn,
+    WatchOut, WithdrawIn, WithdrawOut, method,
 };
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
@@ -287,6 +287,12 @@ async fn answer(
             let withdrawn = backend.withdraw(request).await;
             let outcome = withdrawn.map_err(|refusal| refused(refusal, &id))?;
             Ok(value(WithdrawOut { outcome }))
+        }
+        method::CONNECT => {
+            let ConnectIn { to, timeout_ms } = parameters(call)?;
+            let link = backend.connect(to.as_deref(), Duration::from_millis(timeout_ms)).await;
+            let link = link.map_err(|refusal| refused(refusal, ""))?;
+            Ok(value(ConnectOut { link }))
         }
         method::VIEW => {
             let ById { id } = parameters(call)?;

@@ -19,7 +19,7 @@ pub enum Exit {
     Failed = 1,
     /// The arguments are wrong.
     Usage = 2,
-    /// The daemon cannot be reached.
+    /// The daemon cannot be reached, or the proxy has no link to the cache that a process is to go to.
     Unreachable = 3,
     /// The daemon knows no such snapshot, or no such image.
     NoSuchSnapshot = 4,
@@ -41,7 +41,7 @@ Exit status:
   0  done
   1  failed
   2  wrong usage
-  3  the daemon cannot be reached
+  3  the daemon cannot be reached; migrate: there is no link to the cache
   4  no such snapshot or image
   5  the snapshot is damaged
   6  timed out

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use clap::{Command, CommandFactory};
 use clap_complete::Shell;
-use clap_mangen::Man;
 
 use super::cli::{Cli, Generate};
 use super::exit::Failure;
+use super::man::Page;
 use crate::daemon::cli::{CacheCli, ProxyCli};
 
 /// The commands that there are.
@@ -36,11 +36,8 @@ fn man(mut command: Command, dir: &Path) -> io::Result<()> {
 }
 
 fn pages(command: &Command, dir: &Path) -> io::Result<()> {
-    let name = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
-    // The daemons are in section 8, as their units say.
-    let section = if name.starts_with("criu-imagectl") { "1" } else { "8" };
-    let page = Man::new(command.clone()).section(section);
-    page.render(&mut File::create(dir.join(format!("{name}.{section}")))?)?;
+    let page = Page::of(command);
+    page.write(&mut File::create(dir.join(page.file()))?)?;
     command.get_subcommands().filter(|sub| !sub.is_hide_set()).try_for_each(|sub| pages(sub, dir))
 }
 

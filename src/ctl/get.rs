@@ -45,12 +45,27 @@ pub(super) async fn run(daemon: &Daemon, output: Output, get: &Get) -> Result<()
             }
         }
     }
-    match (&get.to, &get.images[..]) {
+    let got = match (&get.to, &get.images[..]) {
         (Some(dir), images) => to_directory(&client, output, id, images, dir, get.force),
         (None, [image]) => to_stdout(&client, output, id, image),
         (None, _) => Err(Failure::usage("only one image goes to stdout")
             .cure("write them into a directory: --to DIR")),
+    };
+    match got {
+        Err(failure) if failure.exit == Exit::Damaged && role == Role::Cache => {
+            Err(changed_memory(daemon, id).await.unwrap_or(failure))
+        }
+        got => got,
     }
+}
+
+/// Why the cache does not give images of a snapshot that is whole. The remote protocol has one number for that and for one that
+/// is damaged.
+async fn changed_memory(daemon: &Daemon, id: &str) -> Option<Failure> {
+    let mut cache = reach::only(daemon, Role::Cache, "get").await.ok()?;
+    let (snapshot, _) = cache.show(id).await.ok()?;
+    let is_held = matches!(snapshot.state, SnapshotState::Whole | SnapshotState::Taken);
+    if is_held { accept_memory(cache.path(), &snapshot, false).await.err() } else { None }
 }
 
 fn ids(client: &Client, output: Output, list: &str) -> Result<(), Failure> {

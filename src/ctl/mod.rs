@@ -16,6 +16,7 @@ mod get;
 mod hook;
 mod interrupts;
 mod look;
+mod man;
 mod migrate;
 mod open;
 mod place;

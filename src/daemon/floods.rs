@@ -21,12 +21,16 @@ use super::journal;
 
 /// So many messages of one kind about one host are said.
 const SAID: u64 = 100;
+/// So many of those that tell what becomes of a snapshot that has come: more than a link brings, and few enough for a journal.
+const SAID_OF_HELD: u64 = 10_000;
 /// In so much time.
 const WINDOW: Duration = Duration::from_secs(60);
 /// So many kinds and hosts are told apart. Further hosts count as one.
 const TOLD_APART: usize = 1024;
 /// What those are called.
 const OTHERS: &str = "others";
+/// So many networks within one of 48 bits, which is what a customer gets of IPv6, are told apart. Further ones count as that one.
+const OF_A_SITE: usize = 64;
 /// What a message is about that names no peer.
 const NOBODY: &str = "nobody in particular";
 /// An example of what was left out has no more characters.
@@ -35,6 +39,17 @@ const EXAMPLE_MAX: usize = 200;
 /// Each is said once for a snapshot while a daemon runs, and it is what is looked for when one is missed.
 const ALWAYS_SAID: [&str; 3] =
     [journal::SNAPSHOT_LOST, journal::SNAPSHOT_LEFT, journal::SNAPSHOT_HELD_AGAIN];
+
+/// What a snapshot that has come goes through, by which its id is found in the journal. It has cost its sender bytes, and a
+/// place among those that are held.
+const OF_HELD: [&str; 6] = [
+    journal::SNAPSHOT_SENT,
+    journal::SNAPSHOT_WHOLE,
+    journal::SNAPSHOT_TAKEN,
+    journal::SNAPSHOT_DROPPED,
+    journal::SNAPSHOT_EXPIRED,
+    journal::ROUND_HELD,
+];
 
 /// What was said lately.
 #[derive(Debug, Clone, Default)]
@@ -47,6 +62,8 @@ struct Lately(HashMap<(Identifier, String), Flood>);
 /// Those of one kind about one host.
 #[derive(Debug)]
 struct Flood {
+    /// The site of that host.
+    site: Option<Ipv6Addr>,
     since: Instant,
     said: u64,
     left_out: u64,
@@ -87,17 +104,25 @@ impl Lately {
     fn is_said(
         &mut self,
         kind: Identifier,
-        host: String,
+        Host { name, mut site }: Host,
+        at_most: u64,
         now: Instant,
         text: impl FnOnce() -> String,
     ) -> bool {
-        let mut key = (kind, host);
+        let mut key = (kind, name);
+        // A whole site does not take the places of everybody else.
+        if let Some(network) = site.filter(|_| !self.0.contains_key(&key)) {
+            if self.of_site(&key.0, network) >= OF_A_SITE {
+                key.1 = format!("{network}/48");
+                site = None;
+            }
+        }
         if self.0.len() >= TOLD_APART && !self.0.contains_key(&key) {
             OTHERS.clone_into(&mut key.1);
         }
-        let new = Flood { since: now, said: 0, left_out: 0, example: String::new() };
+        let new = Flood { site, since: now, said: 0, left_out: 0, example: String::new() };
         let flood = self.0.entry(key).or_insert(new);
-        if flood.said < SAID {
+        if flood.said < at_most {
             flood.said += 1;
             return true;
         }
@@ -106,6 +131,14 @@ impl Lately {
         }
         flood.left_out += 1;
         false
+    }
+
+    /// How many hosts of a site have had messages of one kind said.
+    fn of_site(&self, kind: &Identifier, site: Ipv6Addr) -> usize {
+        let of_it = |((known, _), flood): &(&(Identifier, String), &Flood)| {
+            flood.site == Some(site) && known == kind
+        };
+        self.0.iter().filter(of_it).count()
     }
 
     /// Forgets those whose minute is over, or all; tells what was left out of them.
@@ -123,39 +156,55 @@ impl Lately {
     }
 }
 
-/// The host, or the user of this one, that a peer is of, by its name in a message. Whoever has an address of IPv6 has
-/// as many as it likes in the same network.
-fn host_of(peer: &str) -> String {
-    let ip = peer.parse::<SocketAddr>().map(|address| address.ip().to_canonical());
-    match ip {
-        Ok(IpAddr::V4(ip)) => ip.to_string(),
-        Ok(IpAddr::V6(ip)) => {
-            let network = Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64);
-            format!("{network}/64")
+/// The host, or the user of this one, that messages are about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Host {
+    name: String,
+    /// Its network of 48 bits, if it has an address of IPv6.
+    site: Option<Ipv6Addr>,
+}
+
+impl Host {
+    /// That of a peer, by the peer's name in a message. Whoever has an address of IPv6 has as many as it likes in the same network.
+    fn of(peer: &str) -> Host {
+        let ip = peer.parse::<SocketAddr>().map(|address| address.ip().to_canonical());
+        match ip {
+            Ok(IpAddr::V4(ip)) => Host::named(&ip.to_string()),
+            Ok(IpAddr::V6(ip)) => {
+                let within =
+                    |bits: u32| Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << (128 - bits)));
+                Host { name: format!("{}/64", within(64)), site: Some(within(48)) }
+            }
+            // "pid N (uid N)", for one.
+            Err(_) => match peer.split_once(" (").and_then(|(_, user)| user.strip_suffix(')')) {
+                Some(user) if peer.starts_with("pid ") => Host::named(user),
+                _ => Host::named(peer),
+            },
         }
-        // "pid N (uid N)", for one.
-        Err(_) => match peer.split_once(" (").and_then(|(_, user)| user.strip_suffix(')')) {
-            Some(user) if peer.starts_with("pid ") => user.to_owned(),
-            _ => peer.to_owned(),
-        },
+    }
+
+    fn named(name: &str) -> Host {
+        Host { name: name.to_owned(), site: None }
     }
 }
 
 /// The host that a span is about.
-struct About(String);
+struct About(Host);
 
 /// What is looked at of a message, or of a span.
 #[derive(Debug, Default)]
 struct Looked {
-    host: Option<String>,
+    host: Option<Host>,
     always_said: bool,
+    of_held: bool,
 }
 
 impl Visit for Looked {
     fn record_str(&mut self, field: &Field, value: &str) {
         match field.name() {
-            "criu_peer" => self.host = Some(host_of(value)),
+            "criu_peer" => self.host = Some(Host::of(value)),
             "message_id" => {
+                self.of_held = OF_HELD.contains(&value);
                 self.always_said =
                     value == journal::MESSAGES_LEFT_OUT || ALWAYS_SAID.contains(&value);
             }
@@ -165,7 +214,7 @@ impl Visit for Looked {
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == "criu_peer" {
-            self.host = Some(host_of(&format!("{value:?}")));
+            self.host = Some(Host::of(&format!("{value:?}")));
         }
     }
 }
@@ -207,14 +256,15 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Floods {
                 .into_iter()
                 .find_map(|span| span.extensions().get::<About>().map(|About(host)| host.clone()))
         };
-        let host = looked.host.or_else(of_span).unwrap_or_else(|| NOBODY.to_owned());
+        let host = looked.host.or_else(of_span).unwrap_or_else(|| Host::named(NOBODY));
+        let at_most = if looked.of_held { SAID_OF_HELD } else { SAID };
         let text = || {
             let mut text = Text::default();
             event.record(&mut text);
             text.0
         };
         let kind = event.metadata().callsite();
-        self.lately(|lately| lately.is_said(kind, host, Instant::now(), text))
+        self.lately(|lately| lately.is_said(kind, host, at_most, Instant::now(), text))
     }
 }
 
@@ -233,7 +283,7 @@ mod tests {
             ("hostb.example.net:9996", "hostb.example.net:9996"),
             ("unix socket", "unix socket"),
         ] {
-            assert_eq!(host_of(peer), host);
+            assert_eq!(Host::of(peer).name, host);
         }
     }
 
@@ -277,11 +327,30 @@ mod tests {
     }
 
     #[test]
+    fn what_becomes_of_a_snapshot_is_said_far_longer() {
+        let (floods, said) = (Floods::default(), Said::default());
+        let layers = tracing_subscriber::registry().with(floods.clone()).with(said.clone());
+        tracing::subscriber::with_default(layers, || {
+            let span = tracing::error_span!("link", criu_peer = "192.0.2.7:1");
+            let _within = span.enter();
+            for id in 0..5 * SAID {
+                tracing::info!(message_id = journal::SNAPSHOT_WHOLE, "whole {id}");
+                tracing::warn!(message_id = journal::SNAPSHOT_REFUSED, "refused {id}");
+            }
+        });
+        let said = said.0.lock().unwrap();
+        let count = |part: &str| said.iter().filter(|said| said.contains(part)).count() as u64;
+        assert_eq!((count("whole"), count("refused")), (5 * SAID, SAID));
+    }
+
+    #[test]
     fn a_minute_later_the_same_is_said_again() {
         let (mut lately, start) = (Lately::default(), Instant::now());
         let kind = tracing::callsite::Identifier(&CALLSITE);
         let host = || "a".to_owned();
-        let say = |lately: &mut Lately, now| lately.is_said(kind.clone(), host(), now, host);
+        let say = |lately: &mut Lately, now| {
+            lately.is_said(kind.clone(), Host::named(&host()), SAID, now, host)
+        };
         for _ in 0..SAID {
             assert!(say(&mut lately, start));
         }
@@ -298,12 +367,36 @@ mod tests {
         let (mut lately, now) = (Lately::default(), Instant::now());
         let kind = tracing::callsite::Identifier(&CALLSITE);
         for host in 0..3 * TOLD_APART {
-            lately.is_said(kind.clone(), host.to_string(), now, String::new);
+            let host = Host::named(&host.to_string());
+            lately.is_said(kind.clone(), host, SAID, now, String::new);
         }
         assert!(lately.0.len() <= TOLD_APART + 1);
         let left_out: Vec<_> = lately.over(now, true);
         assert_eq!(left_out.len(), 1);
         assert_eq!((left_out[0].host.as_str(), left_out[0].count), (OTHERS, 2 * 1024 - SAID));
+    }
+
+    #[test]
+    fn a_site_with_many_networks_is_one_host_and_takes_nobodys_place() {
+        let (mut lately, now) = (Lately::default(), Instant::now());
+        let kind = tracing::callsite::Identifier(&CALLSITE);
+        let mut say = |peer: &str| {
+            lately.is_said(kind.clone(), Host::of(peer), SAID, now, || peer.to_owned())
+        };
+        let attacker =
+            (0..=u16::MAX).filter(|network| say(&format!("[2001:db8:1:{network:x}::1]:1")));
+        assert_eq!(attacker.count() as u64, OF_A_SITE as u64 + SAID);
+        // Those of other sites are told apart.
+        for peer in ["[2001:db8:2::1]:1", "[2001:db8:3::1]:1", "192.0.2.7:1"] {
+            for _ in 0..SAID {
+                assert!(say(peer), "{peer}");
+            }
+            assert!(!say(peer));
+        }
+        let left_out = lately.over(now, true);
+        let site = left_out.iter().find(|left_out| left_out.host == "2001:db8:1::/48").unwrap();
+        assert_eq!(site.count, (1 << 16) - OF_A_SITE as u64 - SAID);
+        assert!(left_out.iter().all(|left_out| left_out.host != OTHERS), "{left_out:?}");
     }
 
     struct AnyCallsite;

@@ -11,7 +11,9 @@ use super::dump::{self, Target};
 use super::pages;
 use super::records::{OpenSocket, Record};
 use crate::config::full_address;
-use crate::control::model::{Image, ImageFile, Role, Snapshot, SnapshotState, Status, Withdrawn};
+use crate::control::model::{
+    Image, ImageFile, LinkStatus, Role, Snapshot, SnapshotState, Status, Withdrawn,
+};
 use crate::control::{Backend, Open, OpenPages, Refusal, Withdraw};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
@@ -67,6 +69,11 @@ impl Backend for Control {
     async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {
         let cache = self.0.cache_for(request.to.as_deref())?;
         self.0.withdraw(&request, &cache).await.map_err(Refusal::Refused)
+    }
+
+    async fn connect(&self, to: Option<&str>, limit: Duration) -> Result<LinkStatus, Refusal> {
+        let cache = self.0.cache_for(to)?;
+        Ok(self.0.links.look_for(&cache, &self.0.settings(), limit).await)
     }
 
     fn open(&self, request: Open, socket: OwnedFd) -> Result<(), Refusal> {

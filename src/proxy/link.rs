@@ -136,13 +136,36 @@ impl Links {
         destination: &str,
         settings: &ProxySettings,
     ) -> Result<Rc<Connection>, String> {
+        self.connect_within(destination, settings, settings.link.give_up_after).await
+    }
+
+    /// The state of the link to a cache, which is made if need be, trying again until `patience` is over.
+    pub async fn look_for(
+        &self,
+        destination: &str,
+        settings: &ProxySettings,
+        patience: Duration,
+    ) -> LinkStatus {
+        // The link knows why there is none.
+        let _ = self.connect_within(destination, settings, patience).await;
+        self.link(destination).status()
+    }
+
+    /// The same as [`connect`](Links::connect), with another time until it gives up, unless `give_up_after` is shorter.
+    pub async fn connect_within(
+        &self,
+        destination: &str,
+        settings: &ProxySettings,
+        patience: Duration,
+    ) -> Result<Rc<Connection>, String> {
         self.check(destination)?;
         let _waiting = self.waiting.enter();
         let link = self.link(destination);
         // Each dump waits that long, also for another that connects.
-        let deadline = Instant::now() + settings.link.give_up_after;
+        let patience = patience.min(settings.link.give_up_after);
+        let deadline = Instant::now() + patience;
         let Ok(_only_one) = timeout_at(deadline, link.connecting.lock()).await else {
-            return Err(no_link(destination, settings, &link.status().why));
+            return Err(no_link(destination, patience, &link.status().why));
         };
         if let Some(connection) = link.connection() {
             return Ok(connection);
@@ -162,10 +185,9 @@ impl Links {
             };
             link.down(&why);
             if Instant::now() + pause >= deadline {
-                let waited = settings.link.give_up_after;
-                let missing = format!("no link to {destination}, given up after {waited:?}");
+                let missing = format!("no link to {destination}, given up after {patience:?}");
                 link.span.in_scope(|| link.outages.tell_missing(&missing, &why));
-                return Err(no_link(destination, settings, &why));
+                return Err(no_link(destination, patience, &why));
             }
             tracing::debug!("no link to {destination}, trying again in {pause:?}: {why}");
             sleep(pause).await;
@@ -259,8 +281,7 @@ impl Link {
     }
 }
 
-fn no_link(destination: &str, settings: &ProxySettings, why: &str) -> String {
-    let waited = settings.link.give_up_after;
+fn no_link(destination: &str, waited: Duration, why: &str) -> String {
     format!("no link to the cache {destination} within {waited:?}: {why}")
 }
 

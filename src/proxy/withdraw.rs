@@ -1,9 +1,14 @@
 //! An attempt to move a process has failed: the process runs on here, and nothing that came of the attempt may be
 //! restored.
 
+use std::rc::Rc;
+use std::time::Duration;
+
 use tokio::time::timeout;
 
 use super::Proxy;
+use super::link::Links;
+use crate::config::ProxySettings;
 use crate::control::Withdraw;
 use crate::control::model::Withdrawn;
 use crate::daemon::journal;
@@ -11,6 +16,8 @@ use crate::wire::message::Outcome;
 
 /// How often the cache is asked, if links break under it.
 const TRIES: usize = 3;
+/// How long a link may take to come up again. Who has the attempt withdrawn waits for it.
+const LINK_WITHIN: Duration = Duration::from_secs(4);
 
 impl Proxy {
     /// Ends what is being sent of an attempt, and has the cache give up what came of it. The error says why the
@@ -43,7 +50,8 @@ impl Proxy {
         Ok(withdrawn)
     }
 
-    /// Has the cache give up what came of an attempt.
+    /// Has the cache give up what came of an attempt. If it cannot be asked now, it is told as soon as it can be, until the proxy
+    /// gives up waiting for a link.
     pub(super) async fn withdraw_at_cache(
         &self,
         id: &str,
@@ -51,14 +59,43 @@ impl Proxy {
         reason: &str,
         cache: &str,
     ) -> Result<Withdrawn, String> {
-        let settings = self.settings();
+        let withdrawal = Withdrawal {
+            links: self.links.clone(),
+            settings: self.settings(),
+            id: id.to_owned(),
+            attempt,
+            reason: reason.to_owned(),
+            cache: cache.to_owned(),
+        };
+        let answer = withdrawal.ask(LINK_WITHIN).await;
+        if answer.is_err() {
+            tokio::task::spawn_local(withdrawal.tell_late());
+        }
+        answer
+    }
+}
+
+/// What the cache is told of an attempt that has failed.
+struct Withdrawal {
+    links: Rc<Links>,
+    settings: Rc<ProxySettings>,
+    id: String,
+    attempt: u64,
+    reason: String,
+    cache: String,
+}
+
+impl Withdrawal {
+    /// Asks the cache to give up what came of the attempt, over a link that may take so long to come up.
+    async fn ask(&self, patience: Duration) -> Result<Withdrawn, String> {
+        let Withdrawal { links, settings, id, attempt, reason, cache } = self;
         let limit = settings.link.ack_timeout;
         for _ in 0..TRIES {
-            let connection = self.links.connect(cache, &settings).await?;
+            let connection = links.connect_within(cache, settings, patience).await?;
             if !connection.withdraws() {
                 return Ok(Withdrawn::Unsaid);
             }
-            let answer = connection.withdraw(id, attempt, reason);
+            let answer = connection.withdraw(id, *attempt, reason);
             match connection.within(limit, answer).await {
                 Ok(Some(Outcome::Withdrawn)) => return Ok(Withdrawn::Withdrawn),
                 Ok(Some(Outcome::Taken)) => return Ok(Withdrawn::Taken),
@@ -70,5 +107,17 @@ impl Proxy {
             }
         }
         Err(format!("the link to {cache} breaks again and again"))
+    }
+
+    /// Nobody waits for the answer any more, but what came is not to be restored.
+    async fn tell_late(self) {
+        let Withdrawal { id, cache, .. } = &self;
+        match self.ask(self.settings.link.give_up_after).await {
+            Ok(_) => tracing::info!(
+                criu_snapshot = id,
+                "the cache {cache} has heard late that snapshot {id} is withdrawn"
+            ),
+            Err(why) => tracing::debug!("the cache was not told that {id} is withdrawn: {why}"),
+        }
     }
 }

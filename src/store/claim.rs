@@ -54,7 +54,6 @@ pub struct Claim {
     pub(super) key: Key,
     /// Whether it keeps others away.
     pub(super) binding: bool,
-    pub(super) permission: Permission,
 }
 
 impl Claim {
@@ -113,13 +112,15 @@ impl Claim {
         self.store.take(self.key);
     }
 
-    /// The restore has failed: the snapshot is whole. One that was taken before is so again, if this restore was made
-    /// because that one had failed.
+    /// The restore has failed. The snapshot is as it was: whole, or taken by another restore, and then it is kept as long again.
     pub fn failed(&self) {
-        let Permission { again, copy } = self.permission;
-        if again && !copy {
-            self.store.update(self.key, Snapshot::give_back);
-        }
+        self.store.update(self.key, Snapshot::keep_on);
+    }
+
+    /// Whether a restore has taken the snapshot.
+    pub fn is_taken(&self) -> bool {
+        self.store.look(self.key, |snapshot| matches!(snapshot.state, State::Taken(_)))
+            == Some(true)
     }
 }
 
@@ -127,6 +128,28 @@ impl Drop for Claim {
     fn drop(&mut self) {
         if self.binding {
             self.store.update(self.key, Snapshot::unbind);
+            self.store.forget_forsaken(self.key);
         }
+    }
+}
+
+/// A directory is open for restores of a snapshot, which is listed as long as that may come.
+#[derive(Debug)]
+pub struct OpenDirectory {
+    store: Rc<Store>,
+    key: Key,
+}
+
+impl OpenDirectory {
+    pub(super) fn of(store: &Rc<Store>, key: Key) -> OpenDirectory {
+        store.update(key, |snapshot| snapshot.directories += 1);
+        OpenDirectory { store: store.clone(), key }
+    }
+}
+
+impl Drop for OpenDirectory {
+    fn drop(&mut self) {
+        self.store.update(self.key, |snapshot| snapshot.directories -= 1);
+        self.store.forget_forsaken(self.key);
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!              begin            complete              take            keep is over, drop
-//!  awaited ──────────▶ receiving ───────▶ whole ◀──────────▶ taken ───────────▶ (dropped)
+//!  awaited ──────────▶ receiving ───────▶ whole ───────────▶ taken ───────────▶ (dropped)
 //!     │                ▲   │ fail, a check that fails
 //!     │                │   └───────────▶ damaged ───▶ (dropped, after keep-damaged)
 //!     └──────────────▶ paged ◀─┐ a round of pages
@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-pub use claim::{Claim, Permission, Unavailable};
+pub use claim::{Claim, OpenDirectory, Permission, Unavailable};
 pub use closing::{close, close_in_background};
 pub use files::NoFiles;
 pub use image::{Image, Part};
@@ -198,7 +198,9 @@ impl Store {
         self.snapshots.borrow().values().find(|snapshot| snapshot.id == id).map(look)
     }
 
-    /// A restore will ask for a snapshot of that id by name: lists it as awaited if it is not there.
+    /// A restore will ask for a snapshot of that id by name: lists it as awaited if it is not there. It has to be
+    /// [claimed](Store::claim), or a [directory](Store::open_directory) opened for it: when the last of them goes, the
+    /// snapshot is listed no more, unless something of it has come.
     ///
     /// One that was taken is refused unless that is permitted: its process may run, and the one
     /// that is awaited may be another. One that is wanted again has to be there.
@@ -223,6 +225,19 @@ impl Store {
         Ok(key)
     }
 
+    /// Keeps a snapshot listed while a directory is open for restores of it.
+    pub fn open_directory(self: &Rc<Store>, key: Key) -> OpenDirectory {
+        OpenDirectory::of(self, key)
+    }
+
+    /// Takes a snapshot from the list of which nothing has come, if nobody waits for it any more.
+    fn forget_forsaken(&self, key: Key) {
+        if self.look(key, Snapshot::is_forsaken) == Some(true) {
+            self.snapshots.borrow_mut().remove(&key);
+            self.changed.send_replace(());
+        }
+    }
+
     /// Keeps a snapshot for the restores that ask for it by name.
     pub fn reserve(&self, key: Key) {
         self.update(key, |snapshot| snapshot.reserved = true);
@@ -242,6 +257,11 @@ impl Store {
     /// The id of a snapshot, while it is listed.
     pub fn id(&self, key: Key) -> Option<String> {
         self.look(key, |snapshot| snapshot.id.clone())
+    }
+
+    /// Who sent a snapshot, while it is listed.
+    pub fn sender(&self, key: Key) -> Option<Sender> {
+        self.look(key, |snapshot| snapshot.sender.clone())
     }
 
     /// Resolves when the snapshot is no longer listed.
@@ -519,7 +539,7 @@ impl Store {
         let key = in_order.next().map(|(key, _)| *key)?;
         drop(in_order);
         drop(snapshots);
-        Some(self.bind(key, Permission::default()))
+        Some(self.bind(key))
     }
 
     /// Binds a restore to a snapshot, which need not have come yet. It gets none that another restore has or has
@@ -539,19 +559,18 @@ impl Store {
         match refused {
             None => Err(Unavailable::Dropped),
             Some(Some(refused)) => Err(refused),
-            Some(None) => Ok(self.bind(key, permission)),
+            Some(None) => Ok(self.bind(key)),
         }
     }
 
-    fn bind(self: &Rc<Store>, key: Key, permission: Permission) -> Claim {
+    fn bind(self: &Rc<Store>, key: Key) -> Claim {
         self.update(key, Snapshot::bind);
-        Claim { store: self.clone(), key, binding: true, permission }
+        Claim { store: self.clone(), key, binding: true }
     }
 
     /// Gives somebody a look at a snapshot; restores get it all the same.
     pub fn peek(self: &Rc<Store>, key: Key) -> Claim {
-        let permission = Permission::default();
-        Claim { store: self.clone(), key, binding: false, permission }
+        Claim { store: self.clone(), key, binding: false }
     }
 
     /// A restore of a snapshot has ended: it and its parents, those before it in its chain, are taken. Returns their ids; `None` when
@@ -602,8 +621,8 @@ impl Store {
     }
 
     /// Forgets what has been kept long enough; returns the ids of snapshots among it, of what was taken and of
-    /// what was damaged, each with the reason.
-    pub fn expire(&self, now: Instant) -> Vec<(String, &'static str)> {
+    /// what was damaged, each with who sent it and the reason.
+    pub fn expire(&self, now: Instant) -> Vec<(String, Sender, &'static str)> {
         let (keep, keep_damaged) = {
             let settings = self.settings.borrow();
             (settings.keep, settings.keep_damaged)
@@ -624,12 +643,12 @@ impl Store {
                     State::Damaged { .. } => "it is damaged, and store.keep-damaged is over",
                     _ => "it was taken, and store.keep is over",
                 };
-                expired.push((snapshot.id.clone(), why));
+                expired.push((snapshot.id.clone(), snapshot.sender.clone(), why));
             }
             snapshot.forget_unused(now);
             keeps
         });
-        for (id, _) in &expired {
+        for (id, ..) in &expired {
             one_more(&self.tally.expired);
             self.lists.borrow_mut().forget(id);
         }

@@ -64,6 +64,14 @@ pub struct Sender {
     pub attempt: u64,
 }
 
+impl Sender {
+    /// Its address, as it stands in its name: "host-a (192.0.2.7:41442)".
+    pub fn address(&self) -> &str {
+        let within = self.name.rsplit_once(" (").and_then(|(_, rest)| rest.strip_suffix(')'));
+        within.unwrap_or(&self.name)
+    }
+}
+
 /// The pages of a snapshot that came apart from its images, in rounds.
 #[derive(Debug, Default)]
 pub(super) struct Pages {
@@ -120,6 +128,8 @@ pub struct Snapshot {
     pub(super) view_turn: Rc<Mutex<()>>,
     /// How many restores are bound to it now.
     pub restores: usize,
+    /// How many directories are open for restores of it.
+    pub(super) directories: usize,
     /// Whether it is kept for restores that ask for it by name.
     pub reserved: bool,
     /// Whether its source has withdrawn it: the process runs on there.
@@ -150,6 +160,7 @@ impl Snapshot {
             view_awaited: false,
             view_turn: Rc::default(),
             restores: 0,
+            directories: 0,
             reserved: false,
             withdrawn: false,
             timeline,
@@ -162,7 +173,7 @@ impl Snapshot {
     /// Begins to come, or to come again: as `state` says, which is [`State::Receiving`] or
     /// [`State::Paged`]. Its pages stay if they were to be joined by images.
     pub(super) fn begin(&mut self, sender: &Sender, state: State) {
-        let Snapshot { view_awaited, restores, reserved, .. } = *self;
+        let Snapshot { view_awaited, restores, directories, reserved, .. } = *self;
         let receives = matches!(state, State::Receiving(_));
         let mut begun = Snapshot::new(&self.id, sender, state);
         if matches!(self.state, State::Paged) {
@@ -173,7 +184,7 @@ impl Snapshot {
                 begun.timeline.begin(PhaseName::Arrival);
             }
         }
-        *self = Snapshot { view_awaited, restores, reserved, ..begun };
+        *self = Snapshot { view_awaited, restores, directories, reserved, ..begun };
     }
 
     /// Cannot be completed: becomes damaged, and gives its bytes back. What pages it had before its images
@@ -213,10 +224,9 @@ impl Snapshot {
         self.since = Instant::now();
     }
 
-    /// Becomes whole again if it was taken.
-    pub(super) fn give_back(&mut self) {
-        if let State::Taken(images) = &self.state {
-            self.state = State::Whole(images.clone());
+    /// If it was taken, the time it is kept begins anew.
+    pub(super) fn keep_on(&mut self) {
+        if matches!(self.state, State::Taken(_)) {
             self.since = Instant::now();
         }
     }
@@ -236,6 +246,11 @@ impl Snapshot {
         if self.restores == 0 {
             self.timeline.end(PhaseName::Restore, 0, true);
         }
+    }
+
+    /// Whether nothing of it has come, and nobody waits for it any more.
+    pub(super) fn is_forsaken(&self) -> bool {
+        matches!(self.state, State::Awaited) && self.restores == 0 && self.directories == 0
     }
 
     /// Its images, where there are any.

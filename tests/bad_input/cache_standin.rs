@@ -16,7 +16,12 @@ pub(crate) struct CacheStandin {
 
 impl CacheStandin {
     pub(crate) fn listen() -> CacheStandin {
-        CacheStandin { listener: TcpListener::bind("127.0.0.1:0").unwrap() }
+        CacheStandin::listen_at(([127, 0, 0, 1], 0).into())
+    }
+
+    /// The same at an address.
+    pub(crate) fn listen_at(address: SocketAddr) -> CacheStandin {
+        CacheStandin { listener: TcpListener::bind(address).unwrap() }
     }
 
     /// Where it listens.

@@ -3,14 +3,17 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::time::{Duration, Instant};
 
 use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::wire::frame;
-use criu_image_relay::wire::message::{KeepAlive, Message, SnapshotAck, SnapshotReady, Welcome};
+use criu_image_relay::wire::message::{
+    KeepAlive, Message, SnapshotAck, SnapshotReady, WITHDRAW, Welcome,
+};
 
 use crate::cache_standin::{CacheStandin, receive_until, receive_whole};
 use crate::criu::{Criu, RECORDS, assert_unread};
-use crate::daemons::{Daemon, Settings, eventually};
+use crate::daemons::{Daemon, Settings, eventually, unused_address};
 use crate::hosts::Bystander;
 use crate::link::Link;
 
@@ -124,6 +127,51 @@ fn an_answer_that_does_not_come_in_time_is_no_link() {
         // How long depends on what is left of link.give-up-after.
         assert_no_link(|link| link.say(part), "no answer within ");
     }
+}
+
+#[test]
+fn whether_a_link_can_be_had_is_told_before_anything_is_sent() {
+    let standin = CacheStandin::listen();
+    let proxy = Daemon::proxy(standin.address(), &[]);
+    let ask = |to: Option<&str>| {
+        let limit = Duration::from_millis(if to.is_some() { 200 } else { 5_000 });
+        proxy.control(async |client| client.connect_link(to, limit).await)
+    };
+    let nobody = unused_address().to_string();
+    let link = ask(Some(&nobody)).unwrap();
+    assert!(!link.up && link.peer == nobody, "{link:?}");
+    assert!(link.why.starts_with("Connection refused"), "{link:?}");
+    assert!(!ask(Some("192.0.2.1")).unwrap().up, "it is not to be trusted");
+    assert!(ask(Some("a:b:c:d:")).is_err(), "no address");
+
+    std::thread::scope(|scope| {
+        // The cache is there at the second try.
+        let welcomed = scope.spawn(|| {
+            drop(standin.accept());
+            standin.welcome()
+        });
+        assert!(ask(None).unwrap().up);
+        let _link = welcomed.join().unwrap();
+        assert!(ask(None).unwrap().up, "it is there already");
+    });
+    assert!(proxy.list().is_empty());
+}
+
+#[test]
+fn who_withdraws_is_answered_soon_and_the_cache_is_told_when_there_is_a_link() {
+    let address = unused_address();
+    let proxy = Daemon::proxy(address, &[]);
+    let begun = Instant::now();
+    let withdrawn =
+        proxy.control(async |client| client.withdraw("web", 7, "it was called off", None).await);
+    let why = withdrawn.unwrap_err().to_string();
+    assert!(why.contains("no link to the cache") && why.contains("within 4s"), "{why}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+
+    let mut link = CacheStandin::listen_at(address).welcome_with(&[WITHDRAW]);
+    let (message, _) = link.receive().expect("the cache is told");
+    let Message::SnapshotWithdraw(told) = message else { panic!("{message:?}") };
+    assert_eq!((told.id.as_str(), told.attempt), ("web", 7));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Memory that is copied too late, what the daemons make of that, and CRIU's action script.
 
 use std::io::Write;
+use std::process::Command;
 use std::time::Duration;
 
 use criu_image_relay::control::ClientError;
@@ -122,6 +123,14 @@ fn a_marked_snapshot_is_refused_at_once_until_somebody_accepts_it() {
     restore.request("core-7.img");
     restore.assert_closed();
     cache.assert_log(&["a restore by", "may have changed", "--accept-changed-memory web"]);
+    // By name it is told apart from one that is damaged.
+    let mut get = Command::new(env!("CARGO_BIN_EXE_criu-imagectl"));
+    get.arg("--socket").arg(cache.dir().join("control.sock")).args(["get", "web", "core-7.img"]);
+    let got = get.output().unwrap();
+    let why = String::from_utf8(got.stderr).unwrap();
+    assert_eq!(got.status.code(), Some(5), "{why}");
+    assert!(got.stdout.is_empty() && why.contains("--accept-changed-memory"), "{why}");
+
     // One that came later is not held up.
     proxy.whole(1, "other", "core-8.img", RECORDS);
     assert!(Criu::restore(&cache).ask("core-8.img"));

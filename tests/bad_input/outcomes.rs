@@ -63,6 +63,17 @@ fn a_restore_that_says_that_it_failed_costs_nothing() {
         cache.assert_state("web", SnapshotState::Whole);
         assert_eq!(cache.count_log("taken"), 0, "nor was it taken meanwhile");
     }
+    assert!(held(&cache, false).read("inventory.img") == RECORDS);
+    cache.assert_state("web", SnapshotState::Taken);
+
+    // That one has succeeded, whatever becomes of another.
+    let mut failed = held(&cache, true);
+    assert!(!failed.ask(RESTORE_FAILED));
+    drop(failed);
+    cache.assert_log(&["WARN", "has failed: snapshot web is taken, as before"]);
+    cache.assert_state("web", SnapshotState::Taken);
+    let refused = cache.try_hold("web", false, false).unwrap_err().to_string();
+    assert!(refused.contains("a restore has taken snapshot web"), "{refused}");
 }
 
 #[test]
@@ -76,11 +87,7 @@ fn a_restore_that_succeeded_or_has_gone_without_a_word_takes_its_snapshot() {
     cache.assert_log(&["snapshot web taken: its restore has succeeded"]);
     cache.assert_state("web", SnapshotState::Taken);
 
-    let mut failed = held(&cache, true);
-    assert!(!failed.ask(RESTORE_FAILED));
-    drop(failed);
-    cache.assert_state("web", SnapshotState::Whole);
-    drop(held(&cache, false));
+    drop(held(&cache, true));
     cache.assert_log(&["WARN", "it has gone without a word, and its process may run"]);
     cache.assert_log(&["snapshot web counts as taken"]);
     cache.assert_state("web", SnapshotState::Taken);

@@ -7,7 +7,7 @@ use criu_image_relay::control::model::SnapshotState;
 use criu_image_relay::wire::message::Message;
 
 use crate::criu::{Criu, RECORDS};
-use crate::daemons::Daemon;
+use crate::daemons::{Daemon, eventually};
 use crate::proxy_standin::ProxyStandin;
 
 #[test]
@@ -69,6 +69,29 @@ fn a_restore_of_a_snapshot_that_becomes_damaged_is_ended_at_once() {
     proxy.image(1, 0, "core-7.img", RECORDS);
     proxy.complete(1, 1, 1, RECORDS.len());
     assert!(other.reply().unwrap());
+}
+
+#[test]
+fn what_a_restore_waited_for_in_vain_is_not_listed_when_it_has_gone() {
+    let (cache, _) = Daemon::cache(&[]);
+    let held = cache.try_hold("web", false, false).unwrap();
+    let mut asking = Criu::in_dir_of("db", &cache);
+    asking.request("core-7.img");
+    asking.assert_waits();
+    for id in ["web", "db"] {
+        assert!(cache.lists(id, SnapshotState::Awaited), "{id}");
+    }
+    drop((held, asking));
+    assert!(eventually(|| cache.list().is_empty()), "{:?}", cache.list());
+
+    // A directory that is open is there for the next one.
+    let mut opened = Criu::new(cache.opened("job"));
+    opened.request("core-7.img");
+    opened.assert_waits();
+    drop(opened);
+    let left = || cache.count_log("the peer left while it waited") == 2;
+    assert!(eventually(left));
+    assert!(cache.lists("job", SnapshotState::Awaited));
 }
 
 #[test]

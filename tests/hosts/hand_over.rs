@@ -157,6 +157,64 @@ fn a_process_whose_pages_go_to_a_proxy_that_stands_still_runs_on() {
     runs_on(&bed, "job", &pid);
 }
 
+/// CRIU's place, which leaves a trace when it is run.
+const CRIU: &str =
+    "printf '#!/bin/sh\\ntouch /tmp/criu-ran; exec criu \"$@\"\\n' >/tmp/criu; chmod 755 /tmp/criu";
+
+#[test]
+fn a_process_is_not_touched_while_there_is_no_link_to_its_cache() {
+    let bed = bed();
+    let pid = bed.workload(Host::A, "job", 8);
+    bed.ok(Host::A, &["sh", "-c", CRIU]);
+    let move_to = |options: &[&str]| {
+        let migrate = ["criu-imagectl", "migrate", "-t", &pid, "--criu", "/tmp/criu", "--force"];
+        let begun = Instant::now();
+        let ran = bed.run(Host::A, &[&migrate[..], options].concat());
+        let words = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert_eq!(ran.status.code(), Some(3), "{words}");
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        assert!(words.contains(&format!("process {pid} was not touched")), "{words}");
+        assert!(bed.list(Host::A).is_empty());
+        words
+    };
+    let words = move_to(&["--to", "10.77.0.2:1"]);
+    let refused = "there is no link to the cache 10.77.0.2:1: Connection refused";
+    assert!(words.contains(refused), "{words}");
+    bed.cut();
+    let words = move_to(&[]);
+    assert!(words.contains("there is no link to the cache 10.77.0.2:9996: "), "{words}");
+    assert!(!bed.run(Host::A, &["test", "-e", "/tmp/criu-ran"]).status.success());
+    runs_on(&bed, "job", &pid);
+
+    bed.mend();
+    let move_now = ["migrate", "-t", &pid, "--criu", "/tmp/criu", "--force"];
+    assert_eq!(bed.ctl(Host::A, &move_now)["outcome"], "migrated");
+    bed.ok(Host::A, &["test", "-e", "/tmp/criu-ran"]);
+}
+
+#[test]
+fn a_migration_whose_cache_is_gone_ends_soon_after_its_process_runs_on() {
+    let bed = bed();
+    let pid = bed.workload(Host::A, "job", 8);
+    let migration = migrate(&bed, &pid, "web");
+    wait_until("the process is frozen", || {
+        bed.run(Host::A, &["test", "-e", "/tmp/reached"]).status.success()
+    });
+    bed.ok(Host::B, &["systemctl", "stop", "criu-image-cache-*.socket", "criu-image-cache"]);
+    bed.ok(Host::A, &["sh", "-c", "kill -INT $(cat /tmp/migrate.pid)"]);
+    wait_until("it is called off", || {
+        let decided = "test -h /run/criu-image/migrate-*/decision";
+        bed.run(Host::A, &["sh", "-c", decided]).status.success()
+    });
+    bed.ok(Host::A, &["touch", "/tmp/go-on"]);
+    runs_on(&bed, "job", &pid);
+    let since = Instant::now();
+    let (status, words) = ended(migration);
+    assert!(since.elapsed() < Duration::from_secs(12), "{:?}: {words}", since.elapsed());
+    assert_eq!(status, Some(8), "{words}");
+    assert!(words.contains(&format!("process {pid} runs on here")), "{words}");
+}
+
 /// A small fixed part of `tests/long/hand_over`, with a restore that waits.
 #[test]
 fn whatever_breaks_a_hand_over_off_at_some_moments_nothing_is_frozen_and_what_is_said_is_true() {

@@ -88,6 +88,12 @@ fn tunnel(bed: &Bed) {
 fn a_process_moves_through_ssh_and_nobody_else_on_either_host_gets_anything() {
     let bed = Bed::up();
     tunnel(&bed);
+    // The key of the metrics' own, which has the same name, is as it was.
+    let at_the_cache = "/etc/criu-image-relay/cache@rack7.toml";
+    let check = bed.ok(Host::B, &["criu-image-cache", "--check-config", "-c", at_the_cache]);
+    let uids: Vec<_> = check.lines().filter(|line| line.starts_with("allow-uids = ")).collect();
+    assert!(uids.len() == 2 && uids[0] != "allow-uids = []", "{check}");
+    assert_eq!(uids[1], "allow-uids = []", "{check}");
     let (cache, pid) = (["--cache", "--instance", "rack7"], bed.workload(Host::A, "web", 16));
     let before = bed.ask(Host::A, "web", &pid);
     bed.ctl(Host::A, &["migrate", "-t", &pid, "--snapshot", "web", "--max-downtime", "1min"]);

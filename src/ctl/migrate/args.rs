@@ -25,7 +25,8 @@ help, or --max-rounds are used up), it is not frozen at all: exit status 7. Nor 
 or SIGHUP: CRIU is left to undo what it has done, and the cache drops what was sent: exit status 8, or 9 if \
 the cache cannot say that it has. If CRIU has been told to end the process by then, or a restore has the \
 snapshot, the process moves all the same: exit status 0. A second signal kills CRIU, which may leave the \
-process without its connections; so does a proxy that does not answer for 10 s.
+process without its connections; so does a proxy that does not answer for 10 s. Without a link to the cache the process is not \
+touched at all: exit status 3.
 
 Rounds need a kernel with soft-dirty tracking (criu check --feature mem_dirty_track). Without it, or \
 with --max-rounds 0, there is only the final dump; how long it freezes the process is reckoned from its \

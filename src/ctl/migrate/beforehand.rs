@@ -8,8 +8,36 @@ use super::args::Migrate;
 use super::commands::Commands;
 use super::hand_over::HandOver;
 use super::this_program;
-use crate::ctl::exit::Failure;
+use crate::control::model::LinkStatus;
+use crate::control::{Client, ClientError};
+use crate::ctl::exit::{Exit, Failure};
 use crate::ctl::interrupts::Interrupts;
+use crate::ctl::print::clean;
+
+/// How long the link to the cache may take to come up.
+const LINK_WITHIN: Duration = Duration::from_secs(3);
+
+/// Has the proxy make its link to the cache, if it is not up. Without one nothing of the process is touched.
+pub(super) async fn link(
+    client: &mut Client,
+    args: &Migrate,
+    interrupts: &mut Interrupts,
+) -> Result<(), Failure> {
+    match interrupts.during(client.connect_link(args.to.as_deref(), LINK_WITHIN)).await? {
+        Ok(link) if !link.up => Err(no_link(&link)),
+        // What the proxy refuses now it refuses when a socket is opened; a proxy of 0.1.0 does not know the question.
+        Ok(_) | Err(ClientError::Refused(_)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn no_link(link: &LinkStatus) -> Failure {
+    let what = format!("there is no link to the cache {}: {}", clean(&link.peer), clean(&link.why));
+    Failure::new(Exit::Unreachable, what).cure(
+        "see that criu-image-cache serves there and lets this host in (its journal says why not), and that the address \
+         is right: --to, or `cache` in proxy.toml",
+    )
+}
 
 /// Asks CRIU whether the kernel tells which pages were written to, and takes the time: most of it is
 /// what CRIU takes to start.

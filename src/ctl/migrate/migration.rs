@@ -12,7 +12,7 @@ use rustix::param::page_size;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::args::Migrate;
-use super::beforehand::{rehearse, tracking};
+use super::beforehand::{self, rehearse, tracking};
 use super::commands::Commands;
 use super::decision::{Decided, Decision};
 use super::hand_over::{HandOver, stands_still};
@@ -68,6 +68,10 @@ impl<'a> Migration<'a> {
         interrupts: &mut Interrupts,
     ) -> Result<Migration<'a>, Failure> {
         let begun = Instant::now();
+        let untouched = |failure: Failure| {
+            failure.note(format!("process {} was not touched, and runs on here", args.tree))
+        };
+        beforehand::link(&mut client, args, interrupts).await.map_err(untouched)?;
         let what = format!("migrate-{}", args.tree);
         let work_dir = args.criu.make_work_dir(&what)?;
         let tracking = tracking(args, work_dir.path(), interrupts).await?;
@@ -217,6 +221,8 @@ impl<'a> Migration<'a> {
     ) -> Result<(), Failure> {
         // One that came before this run: it need not begin.
         interrupts.during(async {}).await?;
+        // CRIU would hold the process until the proxy has given up.
+        beforehand::link(&mut Client::connect(&self.proxy).await?, self.args, interrupts).await?;
         DirBuilder::new()
             .mode(0o700)
             .create(dir)
