@@ -38,8 +38,8 @@ pub(super) struct Keeping {
 #[derive(Debug)]
 enum Snapshot {
     Kept(Kept),
-    /// It could not be kept, and there is no use in trying again with the same images.
-    NotKept(Weak<Images>, bool),
+    /// It could not be kept, and there is no use in trying again with the same images before there is room for so many files.
+    NotKept(Weak<Images>, bool, usize),
 }
 
 #[derive(Debug)]
@@ -54,6 +54,20 @@ struct Kept {
     name: String,
     /// The files that it needs.
     files: BTreeSet<RawFd>,
+}
+
+/// Why a snapshot is not kept.
+struct NoPlace {
+    why: String,
+    /// For how many files there is no room.
+    needs: usize,
+}
+
+impl NoPlace {
+    /// It is not for want of room.
+    fn ever(why: String) -> NoPlace {
+        NoPlace { why, needs: usize::MAX }
+    }
 }
 
 #[derive(Debug)]
@@ -71,7 +85,7 @@ impl Snapshot {
     fn has(&self, images: &Rc<Images>, taken: bool) -> bool {
         match self {
             Snapshot::Kept(kept) => kept.taken == taken && Rc::ptr_eq(&kept.images, images),
-            Snapshot::NotKept(seen, was) => {
+            Snapshot::NotKept(seen, was, _) => {
                 *was == taken && Weak::ptr_eq(seen, &Rc::downgrade(images))
             }
         }
@@ -192,12 +206,12 @@ impl Keeping {
         }
         self.forget_records().await;
         for (key, images, taken) in restorable {
-            if self.snapshots.borrow().get(&key).is_some_and(|known| known.has(&images, taken)) {
+            if self.is_as_it_can_be(key, &images, taken) {
                 continue;
             }
             // It may be gone by now; then it is not here the next time.
             let Some(kept) = self.keep(store, key).await else { continue };
-            if let Err(why) = &kept {
+            if let Err(NoPlace { why, .. }) = &kept {
                 let id = store.id(key).unwrap_or_default();
                 let sender = store.sender(key).unwrap_or_default();
                 tracing::warn!(
@@ -208,10 +222,23 @@ impl Keeping {
                     "snapshot {id} would be lost if the cache stopped: {why}"
                 );
             }
-            let not_kept = |_| Snapshot::NotKept(Rc::downgrade(&images), taken);
+            let not_kept =
+                |none: NoPlace| Snapshot::NotKept(Rc::downgrade(&images), taken, none.needs);
             let known = kept.map_or_else(not_kept, Snapshot::Kept);
             self.replace(key, Some(known));
             self.forget_records().await;
+        }
+    }
+
+    /// Whether there is nothing to be done for a snapshot with these images.
+    fn is_as_it_can_be(&self, key: Key, images: &Rc<Images>, taken: bool) -> bool {
+        match self.snapshots.borrow().get(&key) {
+            Some(known) if !known.has(images, taken) => false,
+            Some(Snapshot::NotKept(_, _, needs)) => {
+                self.needed().saturating_add(*needs) > self.room.get()
+            }
+            Some(Snapshot::Kept(_)) => true,
+            None => false,
         }
     }
 
@@ -221,7 +248,7 @@ impl Keeping {
     }
 
     /// `None` if it cannot be restored any more.
-    async fn keep(&self, store: &Store, key: Key) -> Option<Result<Kept, String>> {
+    async fn keep(&self, store: &Store, key: Key) -> Option<Result<Kept, NoPlace>> {
         let mut files = BTreeSet::new();
         let kept = store.keep(key, |file| {
             let number = file.as_raw_fd();
@@ -235,7 +262,7 @@ impl Keeping {
             Ok(kept) => kept,
             Err(error) => {
                 self.need_no_more(&files);
-                return Some(Err(error.to_string()));
+                return Some(Err(NoPlace::ever(error.to_string())));
             }
         };
         // It says something else from now on, if systemd has it already.
@@ -250,9 +277,9 @@ impl Keeping {
                 let store::Kept { images, taken, record, .. } = kept;
                 Some(Ok(Kept { images, taken, record, name, files }))
             }
-            Err(why) => {
+            Err(none) => {
                 self.need_no_more(&files);
-                Some(Err(why))
+                Some(Err(none))
             }
         }
     }
@@ -264,7 +291,7 @@ impl Keeping {
         files: &BTreeSet<RawFd>,
         kept: &store::Kept,
         name: Option<String>,
-    ) -> Result<String, String> {
+    ) -> Result<String, NoPlace> {
         let new = {
             let known = self.files.borrow();
             let new = files.iter().filter_map(|number| known.get(number)).filter(|file| !file.told);
@@ -275,20 +302,21 @@ impl Keeping {
         while needs > 0 && self.told() + needs > room {
             if !self.forget_one().await {
                 let has = self.told();
-                return Err(format!(
-                    "it is {needs} files, and systemd keeps {has} of {room} already"
-                ));
+                let why = format!("it is {needs} files, and systemd keeps {has} of {room} already");
+                // Others that need the same files may be gone by then.
+                return Err(NoPlace { why, needs: files.len() + 1 });
             }
         }
         // The record last: what is not in one is forgotten at the next start.
-        let failed = |error| format!("systemd cannot be told to keep it: {error}");
+        let failed = |error| NoPlace::ever(format!("systemd cannot be told to keep it: {error}"));
         for (name, file) in new {
             fd_store::keep(&name, &file).await.map_err(failed)?;
             if let Some(file) = self.files.borrow_mut().get_mut(&file.as_raw_fd()) {
                 file.told = true;
             }
         }
-        kept.write().await.map_err(|error| format!("its record cannot be written: {error}"))?;
+        let unwritten = |error| NoPlace::ever(format!("its record cannot be written: {error}"));
+        kept.write().await.map_err(unwritten)?;
         let Some(name) = name else {
             let name = record_name(self.next_number());
             fd_store::keep(&name, kept.record.file()).await.map_err(failed)?;
@@ -299,10 +327,19 @@ impl Keeping {
 
     /// How many files systemd keeps.
     fn told(&self) -> usize {
-        let snapshots = self.snapshots.borrow();
-        let records = snapshots.values().filter(|known| matches!(known, Snapshot::Kept(_))).count();
         let files = self.files.borrow().values().filter(|file| file.told).count();
-        files + records + self.stale.borrow().len()
+        files + self.records() + self.stale.borrow().len()
+    }
+
+    /// How many of them somebody needs.
+    fn needed(&self) -> usize {
+        let needed = |file: &&KeptFile| file.told && file.needed > 0;
+        self.files.borrow().values().filter(needed).count() + self.records()
+    }
+
+    fn records(&self) -> usize {
+        let snapshots = self.snapshots.borrow();
+        snapshots.values().filter(|known| matches!(known, Snapshot::Kept(_))).count()
     }
 
     /// Another one is in the place of what is kept of a snapshot, or none: nobody needs what was there before.

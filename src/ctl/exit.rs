@@ -112,6 +112,11 @@ impl Failure {
         Failure::new(Exit::Unsure, format!("{}; {known}", self.what)).cure(cure)
     }
 
+    /// It is one of a daemon that has gone in the middle.
+    pub(super) fn of_a_daemon_gone(self) -> Failure {
+        Failure { daemon_gone: true, ..self }
+    }
+
     /// Whether it says what to do.
     pub(super) fn has_cure(&self) -> bool {
         self.cure.is_some()

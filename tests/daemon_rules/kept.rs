@@ -77,12 +77,17 @@ impl Manager {
 
     /// Sends a snapshot `web` to the cache, which acknowledges it.
     fn send(&self, pages: &[u8]) {
+        self.send_as("web", pages);
+    }
+
+    fn send_as(&self, id: &str, pages: &[u8]) {
         let source = tempfile::tempdir().unwrap();
         let mut proxy = command(PROXY, source.path());
         proxy.args(["--address", "127.0.0.1", "--port", &self.link.port().to_string()]);
         let _proxy = Running::with(&mut proxy, source.path(), &[]);
         let images = images(source.path(), pages);
-        assert_eq!(ctl(source.path(), &["push", images.to_str().unwrap()]), (0, String::new()));
+        let push = ["push", "--snapshot", id, images.to_str().unwrap()];
+        assert_eq!(ctl(source.path(), &push), (0, String::new()));
     }
 
     fn names(&self) -> Vec<String> {
@@ -252,6 +257,24 @@ fn what_there_is_no_room_for_is_held_and_said_to_be_lost_with_the_cache() {
     cache.signal(Signal::TERM);
     cache.status();
     assert!(manager.log().contains("snapshot web is lost"), "{}", manager.log());
+}
+
+#[test]
+fn what_there_was_no_room_for_is_kept_when_others_have_gone() {
+    let manager = Manager::new();
+    let cache = manager.start("3");
+    manager.send_as("first", &pages());
+    manager.send_as("second", &pages());
+    let warning = "snapshot second would be lost if the cache stopped: it is 2 files, and systemd keeps 2 of 3 already";
+    assert!(manager.log().contains(warning), "{}", manager.log());
+    assert_eq!(ctl(manager.dir(), &["drop", "first"]).0, 0);
+    assert!(eventually(|| manager.names().len() == 2 && manager.names()[0] != "image-0"));
+    cache.signal(Signal::TERM);
+    cache.status();
+    assert!(manager.log().contains("snapshot second is left"), "{}", manager.log());
+    assert_eq!(manager.log().matches("would be lost").count(), 1, "{}", manager.log());
+    let _cache = manager.start("3");
+    assert_eq!(ctl(manager.dir(), &["show", "second"]).0, 0);
 }
 
 #[test]

@@ -161,6 +161,58 @@ fn a_restore_outlives_a_restart_of_its_cache_in_mid_pages_and_is_told_that_the_m
     assert_eq!(state(&bed, "web"), "taken");
 }
 
+/// A restore that waits, and is stopped so that what happens meanwhile comes between two of its steps. Returns its pid.
+#[track_caller]
+fn stopped_restore(bed: &Bed) -> String {
+    bed.ok(Host::B, &["systemctl", "start", "--no-block", UNIT]);
+    wait_until("the restore waits", || {
+        bed.run(Host::B, &["criu-imagectl", "list"]).status.success()
+            && state(bed, "web") == "awaited"
+    });
+    let pid = unit(bed, "MainPID");
+    bed.ok(Host::B, &["kill", "-STOP", &pid]);
+    pid
+}
+
+/// Lets it go on, and returns its exit status and what it says.
+#[track_caller]
+fn goes_on(bed: &Bed, pid: &str) -> (String, String) {
+    bed.ok(Host::B, &["kill", "-CONT", pid]);
+    wait_until("the restore ends", || unit(bed, "ActiveState") != "activating");
+    let said = bed.ok(Host::B, &["journalctl", "-u", UNIT, "-o", "cat"]);
+    assert!(said.contains("the cache has gone, and is waited for"), "{said}");
+    (unit(bed, "ExecMainStatus"), said)
+}
+
+#[test]
+fn a_restore_whose_cache_is_restarted_when_the_snapshot_is_whole_goes_on_with_it() {
+    let bed = Bed::up();
+    let restore = stopped_restore(&bed);
+    let pid = bed.workload(Host::A, "job", 8);
+    let before = bed.ask(Host::A, "job", &pid);
+    migrate(&bed, &pid, "web");
+    bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache"]);
+    let (status, said) = goes_on(&bed, &restore);
+    assert_eq!((status.as_str(), unit(&bed, "NRestarts").as_str()), ("0", "0"), "{said}");
+    assert_eq!(bed.ask(Host::B, "job", &pid).checksum, before.checksum);
+    assert_eq!(state(&bed, "web"), "taken");
+}
+
+#[test]
+fn a_restore_that_finds_its_cache_again_hears_of_a_migration_that_failed_meanwhile() {
+    let bed = Bed::up();
+    let restore = stopped_restore(&bed);
+    bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache"]);
+    let pid = bed.workload(Host::A, "job", 8);
+    let failing = ["criu-imagectl", "migrate", "-t", &pid, "--snapshot", "web", "--force"];
+    let failing = [&failing[..], &["--max-rounds", "0", "--criu", "/bin/false"]].concat();
+    complains(&bed.run(Host::A, &failing), 1, &["runs on here"]);
+    assert_eq!(state(&bed, "web"), "damaged");
+    let (status, said) = goes_on(&bed, &restore);
+    assert_eq!(status, "5", "{said}");
+    assert!(said.contains("its migration failed, and it runs on at the source"), "{said}");
+}
+
 #[test]
 fn of_two_restores_of_one_id_the_second_is_refused_by_name() {
     let bed = Bed::up();

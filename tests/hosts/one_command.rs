@@ -100,6 +100,29 @@ fn assert_timeline(bed: &Bed) {
     assert_eq!(bars, names);
 }
 
+/// Each would hide from the other what was written to between two rounds.
+#[test]
+fn a_process_that_is_being_moved_is_not_moved_by_a_second_migration() {
+    let bed = Bed::up();
+    let pid = bed.workload(Host::A, "job", 8);
+    let slow = "#!/bin/sh\ntouch /tmp/begun\nuntil [ -e /tmp/go ]; do sleep 0.02; done\nexec criu \"$@\"\n";
+    bed.ok(Host::A, &["sh", "-c", &format!("printf '%s' '{slow}' >/tmp/criu; chmod +x /tmp/criu")]);
+    let migrate = ["criu-imagectl", "migrate", "-t", &pid, "--max-downtime", "1min", "--snapshot"];
+    let first = bed.spawn(Host::A, &[&migrate[..], &["web", "--criu", "/tmp/criu"]].concat());
+    wait_until("the first is under way", || {
+        bed.run(Host::A, &["test", "-e", "/tmp/begun"]).status.success()
+    });
+    let second = bed.run(Host::A, &[&migrate[..], &["other"]].concat());
+    let stderr = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("is being moved by another criu-imagectl migrate"), "{stderr}");
+    bed.ok(Host::A, &["touch", "/tmp/go"]);
+    let first = first.wait_with_output().unwrap();
+    assert!(first.status.success(), "{first:?}");
+    bed.ok(Host::B, &["criu-imagectl", "restore", "web"]);
+    nothing_is_left(&bed);
+}
+
 #[test]
 fn a_restore_that_is_stopped_while_it_waits_may_be_started_again() {
     let bed = Bed::up();

@@ -123,6 +123,30 @@ fn what_is_whole_outlives_a_restart_and_a_crash_of_the_cache() {
     });
 }
 
+/// However often systemd tries, and whatever the cache ends with.
+#[test]
+fn what_is_whole_outlives_starts_with_a_configuration_that_is_wrong() {
+    let bed = Bed::up();
+    bed.ok(Host::A, &["criu-imagectl", "put", "--list", "--finish", "web", "/etc/hostname"]);
+    // More attempts than the usual limit allows, in a moment.
+    let soon = "mkdir -p /run/systemd/system/criu-image-cache.service.d
+        printf '[Service]\\nRestartSec=50ms\\nRestartSteps=0\\n' >/run/systemd/system/criu-image-cache.service.d/soon.conf
+        systemctl daemon-reload";
+    bed.ok(Host::B, &["sh", "-c", soon]);
+    bed.configure(Host::B, "max-bytes", "\"1Q\"");
+    let restart = ["systemctl", "restart", "criu-image-cache"];
+    assert!(!bed.run(Host::B, &restart).status.success(), "it cannot start");
+    wait_until("systemd has tried again and again", || {
+        let restarts =
+            bed.ok(Host::B, &["systemctl", "show", "-P", "NRestarts", "criu-image-cache"]);
+        restarts.trim().parse::<u32>().unwrap() > 8
+    });
+    bed.configure(Host::B, "max-bytes", "\"1G\"");
+    wait_until("it starts by itself", || is_active(&bed, Host::B));
+    let held = bed.list(Host::B);
+    assert_eq!((&held[0]["id"], &held[0]["state"]), (&"web".into(), &"whole".into()));
+}
+
 #[test]
 fn a_reload_puts_a_good_configuration_in_force_and_leaves_a_bad_one() {
     let bed = Bed::up();

@@ -4,6 +4,7 @@
 //! on here whatever fails: CRIU kills it when its action script, `hand_over`, has come back with the
 //! cache's acknowledgement of the whole snapshot, and not before.
 
+mod alone;
 pub(super) mod args;
 mod beforehand;
 mod commands;
@@ -19,6 +20,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
+use self::alone::Alone;
 use self::args::Migrate;
 use self::commands::Commands;
 use self::hand_over::HandOver;
@@ -41,6 +43,7 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Migrate) -> Resu
     }
     let mut interrupts = Interrupts::catch()?;
     let client = reach::only(daemon, Role::Proxy, "migrate").await?;
+    let _alone = Alone::claim(args.tree)?;
     let mut migration = Migration::prepare(args, id, client, &mut interrupts).await?;
     let summary = match migration.run(&mut interrupts).await {
         Ok(summary) => summary,

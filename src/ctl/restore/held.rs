@@ -27,6 +27,8 @@ use crate::sys::unix::is_close;
 const TELL: Duration = Duration::from_secs(15);
 /// How long to wait before a cache that is not there is tried again.
 pub(super) const RETRY: Duration = Duration::from_millis(200);
+/// How often a cache may go before a restore has begun.
+pub(super) const TRIES: usize = 10;
 
 /// A hold on a snapshot.
 pub(super) struct Held {
@@ -64,6 +66,7 @@ impl Held {
                 let what = format!("snapshot {id} has an image {HELD_BY_RESTORE}");
                 return Err(Failure::failed(what));
             }
+            Err(error) if is_close(&error) => return Err(self.ended(snapshot, &error).await),
             Err(error) => return Err(self.lost(&error)),
         }
         let mut client = Client::connect(&self.cache).await?;
@@ -73,6 +76,19 @@ impl Held {
             return Err(Failure::failed(what));
         }
         Ok(())
+    }
+
+    /// Why the cache has ended the session before anything was read: it was restarted, and has the snapshot as before, or does not
+    /// have it any more.
+    async fn ended(&self, snapshot: &Snapshot, error: &io::Error) -> Failure {
+        let shown = async { Client::connect(&self.cache).await?.show(&self.id).await };
+        match shown.await {
+            Ok((now, _)) if now.state == snapshot.state && now.ended_ms == snapshot.ended_ms => {
+                self.lost(error).of_a_daemon_gone()
+            }
+            Ok(_) => self.lost(error),
+            Err(error) => error.into(),
+        }
     }
 
     /// Tells the cache that nothing runs of the snapshot: it is not taken. A cache that has gone meanwhile knows no better.

@@ -18,7 +18,7 @@ use tokio::net::UnixListener;
 use tokio::time::{sleep, timeout};
 
 use self::args::Restore;
-use self::held::{Held, RETRY};
+use self::held::{Held, RETRY, TRIES};
 use self::pid_taken::PidTaken;
 use self::way::Way;
 use super::cli::{Daemon, Until, Wait};
@@ -29,7 +29,7 @@ use super::interrupts::Interrupts;
 use super::print::{Output, clean, size};
 use super::{reach, view, wait};
 use crate::control::model::{Role, Snapshot, SnapshotState};
-use crate::control::{Client, Reading};
+use crate::control::{Client, ClientError, Reading};
 use crate::criu::names::check_id;
 use crate::criu::stream::SERVE_SOCKET;
 use crate::daemon::handed_over::into_tokio;
@@ -54,17 +54,34 @@ pub(super) async fn run(daemon: &Daemon, output: Output, args: &Restore) -> Resu
 
     let cache = client.path().to_owned();
     drop(client);
-    let (held, snapshot) = when_whole(&cache, args, &mut interrupts).await?;
-    accept_memory(&cache, &snapshot, args.accept_changed_memory).await?;
-    let way = Way::of(args, &snapshot);
-    if let Some(why) = way.why() {
-        let told = clean(&format!("snapshot {id} is restored from a view: {why}"));
-        let _ = writeln!(io::stderr(), "{told}");
-    }
-    let begun = Instant::now();
-    let run =
-        CriuRun { cache: &cache, args, way: &way, snapshot: &snapshot, dir, pidfile: &pidfile };
-    run.restore(held, &mut interrupts).await?;
+    let mut tries = 0;
+    let (begun, way, snapshot) = loop {
+        let (mut held, snapshot) = when_whole(&cache, args, &mut interrupts).await?;
+        accept_memory(&cache, &snapshot, args.accept_changed_memory).await?;
+        let way = Way::of(args, &snapshot);
+        if let Some(why) = way.why() {
+            let told = clean(&format!("snapshot {id} is restored from a view: {why}"));
+            let _ = writeln!(io::stderr(), "{told}");
+        }
+        let begun = Instant::now();
+        let run =
+            CriuRun { cache: &cache, args, way: &way, snapshot: &snapshot, dir, pidfile: &pidfile };
+        match run.prepare(&mut held, &mut interrupts).await {
+            Ok(listener) => {
+                run.restore(held, listener, &mut interrupts).await?;
+                break (begun, way, snapshot);
+            }
+            // Nothing was restored, and a cache that is restarted has the snapshot again.
+            Err(failure) if failure.is_daemon_gone() && tries < TRIES => {
+                tell_gone(&failure);
+                tries += 1;
+            }
+            Err(failure) => {
+                held.failed();
+                return Err(failure);
+            }
+        }
+    };
     let pid: Option<u32> =
         fs::read_to_string(&pidfile).ok().and_then(|pid| pid.trim().parse().ok());
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -91,14 +108,12 @@ struct CriuRun<'a> {
 
 impl CriuRun<'_> {
     /// Runs it, and tells the cache what has become of the snapshot.
-    async fn restore(&self, mut held: Held, interrupts: &mut Interrupts) -> Result<(), Failure> {
-        let listener = match self.prepare(&mut held, interrupts).await {
-            Ok(listener) => listener,
-            Err(failure) => {
-                held.failed();
-                return Err(failure);
-            }
-        };
+    async fn restore(
+        &self,
+        held: Held,
+        listener: Option<UnixListener>,
+        interrupts: &mut Interrupts,
+    ) -> Result<(), Failure> {
         let run = criu(self.args, self.way, self.dir, self.pidfile);
         // A restore cannot be called off: it is done in a moment, or fails by itself.
         let restored = tokio::select! {
@@ -221,6 +236,9 @@ async fn claim_until_whole(
     let mut is_told = false;
     loop {
         let attempt = async {
+            if is_told {
+                must_not_be_given_up(cache, &wait.snapshot).await?;
+            }
             // Claimed before it is there, the snapshot is kept for this restore.
             let held = Held::claim(cache, args).await?;
             let snapshot = wait::follow(&daemon, wait, last).await?;
@@ -229,8 +247,7 @@ async fn claim_until_whole(
         match attempt.await {
             Err(failure) if failure.is_daemon_gone() => {
                 if !is_told {
-                    let mut stderr = io::stderr();
-                    let _ = writeln!(stderr, "the cache has gone, and is waited for: {failure}");
+                    tell_gone(&failure);
                 }
                 is_told = true;
             }
@@ -240,6 +257,22 @@ async fn claim_until_whole(
         *last = None;
         sleep(RETRY).await;
     }
+}
+
+/// What this restore waited for may have failed while there was no cache that could have told it so. Who begins to wait now would wait
+/// for another.
+async fn must_not_be_given_up(cache: &Path, id: &str) -> Result<(), Failure> {
+    match Client::connect(cache).await?.show(id).await {
+        Ok((snapshot, _)) if snapshot.state == SnapshotState::Damaged => {
+            Err(Failure::damaged(id, &clean(&snapshot.reason)))
+        }
+        Ok(_) | Err(ClientError::NoSuchSnapshot(_)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn tell_gone(failure: &Failure) {
+    let _ = writeln!(io::stderr(), "the cache has gone, and is waited for: {failure}");
 }
 
 fn interrupted(id: &str, before: &str) -> Failure {
