@@ -49,10 +49,10 @@ pub enum PagesSocket {
     Connected(Stream),
 }
 
-/// So much is done in a go: four connections are accepted that are to be served, or sixteen that have gone.
-const IN_A_GO: u32 = 16;
+/// So much is done in a go: four connections are accepted that are to be served, or eight that have gone.
+const IN_A_GO: u32 = 8;
 /// What a connection costs that is to be served: its task, the question whose it is, its answer.
-const SERVED: u32 = 4;
+const SERVED: u32 = 2;
 /// What one costs that has gone: it is closed, and nothing else.
 const GONE: u32 = 1;
 /// How long the rest of the daemon then has its turn, at least.

@@ -10,7 +10,7 @@ mod criu;
 mod daemons;
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -34,7 +34,8 @@ over and over, always as many at once. Meanwhile it asks the daemon for its stat
 Prints for each port and kind how many connections were established, the slowest answer to `status`, and how long a snapshot took.
 All of the silent ones are established before anything is measured. That is not to say that the daemon serves them all: where a port has fewer
 places, the rest waits in the socket's backlog, or makes way (the kernel lets net.core.somaxconn wait). Of those that come and go it counts what was established in the end.
-The rows without a crowd say what the machine itself is good for at that time, and bound nothing. Exit status 0 says that every silent connection was established, that every
+The rows without a crowd, and of a crowd at a port where nobody accepts, say what the machine itself is good for at that time, with the crowd's own work on it: they bound
+nothing. On two cores most of what a crowd costs that comes and goes is its own. Exit status 0 says that every silent connection was established, that every
 answer came within 100 ms, and that no crowd made a snapshot take more than twice its time (the median of several) without one.
 
   --connections N   so many at once (default: 2000)
@@ -134,7 +135,10 @@ fn trial(connections: usize) -> bool {
     let alone = median((0..SNAPSHOTS).map(push).collect());
     println!("a push of {} MiB takes {} ms without a crowd\n", SNAPSHOT >> 20, millis(alone));
     println!("port             crowd             connections   slowest status   push   times");
+    // Nobody accepts there: what it costs to make the crowd, and to turn it away.
+    let nobody = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let ports = [
+        ("nobody's", &cache, nobody.local_addr().unwrap()),
         ("link", &cache, link),
         ("cache's pages", &cache, pages),
         ("cache's metrics", &cache, metrics),
@@ -143,9 +147,13 @@ fn trial(connections: usize) -> bool {
     ];
     let mut all_well = true;
     for (port, daemon, address) in ports {
+        let is_ours = port != "nobody's";
         for (crowd, connections) in
             [(Crowd::Silent, 0), (Crowd::Silent, connections), (Crowd::ComingAndGoing, connections)]
         {
+            if !is_ours && crowd == Crowd::Silent {
+                continue;
+            }
             let (made, slowest, took) = with_crowd(crowd, connections, (daemon, address), || {
                 (0..SNAPSHOTS).map(push).collect()
             });
@@ -156,7 +164,8 @@ fn trial(connections: usize) -> bool {
                 (slowest > AT_ONCE, "  an answer came late"),
                 (times > SLOWER, "  a push took too long"),
             ];
-            let why: String = broken.iter().filter(|(is, _)| *is).map(|(_, why)| *why).collect();
+            let broken = broken.iter().filter(|(is, _)| *is && is_ours && connections > 0);
+            let why: String = broken.map(|(_, why)| *why).collect();
             let kind = match crowd {
                 Crowd::Silent if connections == 0 => "none",
                 Crowd::Silent => "silent",
@@ -167,7 +176,7 @@ fn trial(connections: usize) -> bool {
                 millis(slowest),
                 millis(took)
             );
-            all_well &= connections == 0 || why.is_empty();
+            all_well &= why.is_empty();
         }
     }
     all_well
