@@ -12,7 +12,7 @@ use crate::daemon::accept::accept_one;
 use crate::daemon::sessions::Peer;
 
 /// Serves the interface to every peer that is admitted. It never returns: neither a peer's fault nor
-/// an accept error ends it, and nobody waits for what [others](super::users) hold. Dropping the future ends the
+/// an accept error ends it, and nobody waits for what others hold. Dropping the future ends the
 /// conversations too.
 ///
 /// It spawns local tasks, so it must run inside a [`tokio::task::LocalSet`].
