@@ -14,6 +14,7 @@ use crate::control::{Backend, Open, OpenPages, Reading, Refusal};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
+use crate::daemon::places::Place;
 use crate::daemon::sessions::Peer;
 use crate::store::{
     Claim, Image, Key, Memory, NoFiles, Permission, Refused, Snapshot, State, Unavailable,
@@ -121,7 +122,8 @@ impl Backend for Control {
         let socket = PagesSocket::from(request.listening, socket).map_err(Refusal::unusable)?;
         match socket {
             PagesSocket::Connected(stream) => {
-                tokio::task::spawn_local(pages::serve(cache, stream, Whose::Named(key)));
+                let (whose, place) = (Whose::Named(key), Place::unlimited());
+                tokio::task::spawn_local(pages::serve(cache, stream, whose, place));
             }
             PagesSocket::Listening(listener) => {
                 self.0.listeners.start(pages::listen(cache, listener, key));

@@ -1,7 +1,7 @@
 //! What a scrape of the cache shows.
 
 use super::{Cache, StateCounts};
-use crate::daemon::local_peers::{NotAdmitted, admit_stream};
+use crate::daemon::local_peers::{NotAdmitted, Owner, admit_stream};
 use crate::metrics;
 use crate::metrics::durations::Durations;
 use crate::metrics::page::Page;
@@ -44,7 +44,7 @@ impl metrics::Figures for Cache {
         page
     }
 
-    async fn admit(&self, client: &Stream) -> Result<(), NotAdmitted> {
+    async fn admit(&self, client: &Stream) -> Result<Owner, NotAdmitted> {
         let settings = self.settings();
         let allowed = [&settings.allow_uids[..], &settings.metrics.allow_uids].concat();
         admit_stream(client, &allowed, settings.insecure).await

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use super::Cache;
 use super::answers::Answer;
 use super::link::Over;
+use super::link_places::Activity;
 use super::regions;
 use super::rounds::{ArrivingRound, Rounds};
 use super::waits::Waits;
@@ -44,6 +45,7 @@ pub(super) struct Incoming<'a> {
     /// Whether an answer had to be left out: the peer does not read.
     deaf: bool,
     waits: Waits,
+    activity: Rc<Activity>,
 }
 
 /// A snapshot under way.
@@ -52,7 +54,7 @@ struct Arriving {
     key: Key,
     images: HashMap<u32, Rc<Image>>,
     started: Instant,
-    _busy: Session,
+    _busy: [Session; 2],
 }
 
 impl<'a> Incoming<'a> {
@@ -62,6 +64,7 @@ impl<'a> Incoming<'a> {
         sender: &'a Sender,
         limits: Limits,
         replies: mpsc::Sender<Answer>,
+        activity: Rc<Activity>,
     ) -> Incoming<'a> {
         let receiver = Receiver::new(limits);
         Incoming {
@@ -75,6 +78,7 @@ impl<'a> Incoming<'a> {
             regions: JoinSet::new(),
             deaf: false,
             waits: Waits::default(),
+            activity,
         }
     }
 
@@ -85,8 +89,12 @@ impl<'a> Incoming<'a> {
                 Ok(received) => received,
                 Err(error) => return error.into(),
             };
+            let moves = !matches!(received.0, Message::KeepAlive(_));
             if let Err(over) = self.act(&mut reader, received).await {
                 return over;
+            }
+            if moves {
+                self.activity.moves();
             }
             if self.deaf {
                 let why = "it leaves too many answers unread".to_owned();
@@ -169,7 +177,7 @@ impl<'a> Incoming<'a> {
                     self.store.reserve(key);
                 }
                 let (images, started) = (HashMap::new(), Instant::now());
-                let busy = self.cache.links.busy.enter();
+                let busy = self.begin_transfer();
                 let arriving = Arriving { id, key, images, started, _busy: busy };
                 self.snapshots.insert(snapshot, arriving);
                 let set = match parent {
@@ -183,6 +191,11 @@ impl<'a> Incoming<'a> {
             }
             Err(refused) => self.refuse(snapshot, &id, &refused),
         }
+    }
+
+    /// The cache and the link are busy as long as that is there.
+    fn begin_transfer(&self) -> [Session; 2] {
+        [self.cache.links.busy.enter(), self.activity.begin_transfer()]
     }
 
     fn refuse(&mut self, snapshot: u32, id: &str, refused: &Refused) {
@@ -199,7 +212,7 @@ impl<'a> Incoming<'a> {
     async fn begin_round(&mut self, snapshot: u32, id: String, parent: Option<&str>, attempt: u64) {
         match self.store.begin_round(&id, &self.sender_of(attempt), parent).await {
             Ok((coming, spaces)) => {
-                let busy = self.cache.links.busy.enter();
+                let busy = self.begin_transfer();
                 self.rounds.insert(snapshot, ArrivingRound::new(id, coming, busy));
                 all_spaces(snapshot, &spaces).for_each(|message| self.answer(message));
                 self.answer(Message::SnapshotReady(SnapshotReady { snapshot }));
@@ -346,8 +359,9 @@ impl<'a> Incoming<'a> {
             let why = format!("it waits for more than {REGIONS_MAX} regions at once");
             return Err(Over::Refused(Reason::Protocol, why));
         }
-        let replies = self.replies.clone();
+        let (replies, transfer) = (self.replies.clone(), self.activity.begin_transfer());
         self.regions.spawn_local(async move {
+            let _transfer = transfer;
             // Without room in the queue the answer waits: who asked waits, too.
             let _ = replies.send(answer.await).await;
         });

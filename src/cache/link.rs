@@ -2,6 +2,7 @@
 //! interleaving; what one of them does wrong damages that one, what the peer does wrong ends the
 //! link, and damages those that were under way.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -10,8 +11,9 @@ use tracing::Instrument;
 
 use crate::config::CacheSettings;
 use crate::daemon::journal;
-use crate::daemon::local_peers::{NotAdmitted, admit_stream};
+use crate::daemon::local_peers::{NotAdmitted, Owner, admit_stream};
 use crate::daemon::outages::Outages;
+use crate::daemon::places::Place;
 use crate::metrics::refusals::Reason;
 use crate::store::Sender;
 use crate::sys::clock::host_name;
@@ -24,12 +26,13 @@ use crate::wire::receiver::{Limits, Violation};
 use super::Cache;
 use super::answers::Answers;
 use super::incoming::Incoming;
+use super::link_places::{Activity, LinkPlace};
 
 /// The pipe for what comes: more than an unprivileged user is granted is not asked for.
 const INCOMING: usize = 1 << 20;
 /// So many connections at once may be without a link: they have not introduced themselves, or wait for one of
 /// `link.max` to end. When there are more, the one that came first is closed.
-const STRANGERS: usize = 1024;
+pub(super) const STRANGERS: u64 = 1024;
 /// Snapshots under way at once on one link.
 const SNAPSHOTS: usize = 1024;
 /// Answers that a peer has not read yet.
@@ -64,67 +67,78 @@ pub(super) enum Over {
     /// The peer may not connect.
     #[error("{0}")]
     NotAllowed(#[from] NotAdmitted),
+    /// Another host is to have its link.
+    #[error(
+        "all links of link.max were taken, another host wants one, {0} has the most of them, and of those on this one \
+         nothing was moved for longest"
+    )]
+    MadeWay(Owner),
 }
 
 impl Over {
-    /// Whether the peer is to blame, and is told.
+    /// Whether the peer is to blame.
     fn is_fault(&self) -> bool {
         match self {
             Over::Violation(_) | Over::Refused(..) | Over::NotAllowed(_) => true,
             Over::Lane(error) => error.is_fault(),
-            Over::Goodbye(_) => false,
+            Over::Goodbye(_) | Over::MadeWay(_) => false,
         }
+    }
+
+    /// Whether the peer is told why, as it cannot know.
+    fn is_told(&self) -> bool {
+        self.is_fault() || matches!(self, Over::MadeWay(_))
     }
 
     fn reason(&self) -> Reason {
         match self {
             Over::Refused(reason, _) => *reason,
             Over::NotAllowed(why) => Reason::from(why),
-            Over::Lane(_) | Over::Violation(_) | Over::Goodbye(_) => Reason::Protocol,
+            Over::Lane(_) | Over::Violation(_) | Over::Goodbye(_) | Over::MadeWay(_) => {
+                Reason::Protocol
+            }
         }
     }
 }
 
 /// Serves one link until it ends. Returns whether nothing was lost with it, and the peer was not to
 /// blame for its end.
-pub(super) async fn serve(cache: &Cache, stream: Stream, whose: Whose) -> bool {
+///
+/// A peer that has not introduced itself, or waits for a link, may have to give up its `place`.
+pub(super) async fn serve(cache: &Cache, stream: Stream, whose: Whose, mut place: Place) -> bool {
     let address = stream.peer();
     let span = tracing::error_span!("link", criu_peer = %address);
     async {
         let settings = cache.settings();
-        let strangers = &cache.links.strangers;
-        if strangers.live() >= STRANGERS {
-            strangers.turn_out_oldest();
-        }
-        let mut stranger = strangers.enter();
         let greet = async {
             // Whoever is refused hears so after its HELLO: what lies unread when a connection is closed takes
             // the last word with it.
             let admitted = admit_stream(&stream, &settings.allow_uids, settings.insecure).await;
             let (mut reader, mut writer) = lane::split(stream, settings.link.keep_alive);
             let hello = match admitted {
-                Ok(()) => hello(&settings, &mut reader, &mut writer).await,
+                Ok(owner) => {
+                    hello(&settings, &mut reader, &mut writer).await.map(|name| (name, owner))
+                }
                 Err(why) => Err(turn_away(&mut reader, &mut writer, why).await),
             };
             match hello {
-                Ok(name) => tokio::select! {
+                Ok((name, _)) if whose == Whose::Given => Ok((name, None, reader, writer)),
+                Ok((name, owner)) => tokio::select! {
                     biased;
-                    permit = cache.links.permit(whose) => Ok((name, permit, reader, writer)),
+                    place = cache.links.places.take(owner) => {
+                        Ok((name, Some((owner, place)), reader, writer))
+                    }
                     () = reader.hung_up() => Err((LaneError::Closed.into(), writer)),
                 },
                 Err(over) => Err((over, writer)),
             }
         };
-        let greeted = tokio::select! {
-            greeted = greet => greeted,
-            () = stranger.turned_out() => {
-                cache.figures.refusals.count(Reason::Stalled);
-                tracing::debug!("a link from {address} makes way for others that came later");
-                return false;
-            }
+        let Some(greeted) = place.unless_turned_out(greet).await else {
+            cache.figures.refusals.count(Reason::Stalled);
+            tracing::debug!("a link from {address} makes way for others that came later");
+            return false;
         };
-        drop(stranger);
-        let (name, _permit, reader, writer) = match greeted {
+        let (name, link, reader, writer) = match greeted {
             Ok(greeted) => greeted,
             Err((over, mut writer)) => {
                 farewell(&mut writer, &over).await;
@@ -141,6 +155,7 @@ pub(super) async fn serve(cache: &Cache, stream: Stream, whose: Whose) -> bool {
                 return !over.is_fault();
             }
         };
+        drop(place);
         let pipes = reader
             .with_pipe(INCOMING)
             .and_then(|reader| Ok((reader, writer.with_pipe(DEFAULT_CAPACITY)?)));
@@ -164,7 +179,7 @@ pub(super) async fn serve(cache: &Cache, stream: Stream, whose: Whose) -> bool {
         let _up = cache.links.add(&peer);
         outages.tell_up(&format!("link from {peer}"));
         let sender = Sender { name: peer, host: address.host(), attempt: 0 };
-        run(cache, &settings, reader, writer, &sender, &outages).await
+        run(cache, &settings, (reader, writer), &sender, &outages, link).await
     }
     .instrument(span)
     .await
@@ -212,9 +227,9 @@ fn printable(name: &str) -> String {
     name.chars().filter(safe).take(64).collect()
 }
 
-/// Tells the peer why, if it is to blame; it may be gone.
+/// Tells the peer why, unless it knows; it may be gone.
 async fn farewell<P>(writer: &mut Writer<P>, over: &Over) {
-    if over.is_fault() {
+    if over.is_told() {
         // A peer that does not speak the protocol is not spoken to.
         if matches!(over, Over::Lane(LaneError::Frame(BadFrame::Preface(_)))) {
             return;
@@ -224,31 +239,44 @@ async fn farewell<P>(writer: &mut Writer<P>, over: &Over) {
     }
 }
 
-/// Everything after the handshake.
+/// Everything after the handshake. `link` is the place that another host may want.
 async fn run(
     cache: &Cache,
     settings: &CacheSettings,
-    reader: Reader,
-    writer: Writer,
+    (reader, writer): (Reader, Writer),
     sender: &Sender,
     outages: &Outages,
+    mut link: Option<(Owner, LinkPlace)>,
 ) -> bool {
     let peer = &sender.name;
     let (replies, queue) = mpsc::channel(ANSWERS);
     let limits = Limits { images: settings.store.max_images, snapshots: SNAPSHOTS };
-    let mut incoming = Incoming::new(cache, sender, limits, replies);
+    let activity = link.as_ref().map_or_else(|| Rc::new(Activity::new()), |(_, l)| l.activity());
+    let mut incoming = Incoming::new(cache, sender, limits, replies, activity);
     let mut answers = Answers::new(writer, queue, settings.link.keep_alive);
     let over = tokio::select! {
         over = incoming.receive(reader) => over,
         error = answers.send() => error.into(),
+        over = made_way(&mut link) => over,
     };
     let lost = incoming.abandon(&format!("the link from {peer} ended: {over}"));
     outages.tell_over(&format!("link from {peer}"), &over.to_string(), over.is_fault(), lost);
     if over.is_fault() {
         cache.figures.refusals.count(over.reason());
-        if timeout(FAREWELL, answers.flush()).await.is_ok() {
-            farewell(answers.writer(), &over).await;
-        }
+    }
+    if over.is_told() && timeout(FAREWELL, answers.flush()).await.is_ok() {
+        farewell(answers.writer(), &over).await;
     }
     lost == 0 && !over.is_fault()
+}
+
+/// Resolves when another host is to have the link.
+async fn made_way(link: &mut Option<(Owner, LinkPlace)>) -> Over {
+    match link {
+        Some((owner, place)) => {
+            place.ended().await;
+            Over::MadeWay(*owner)
+        }
+        None => std::future::pending().await,
+    }
 }

@@ -1,6 +1,6 @@
 //! The destination host: links from proxies come in, CRIU's restores are served.
 //!
-//! - [`link`]: one proxy, from its preface to its last snapshot; `incoming` is what comes on it, `rounds`
+//! - [`link`]: one proxy, from its preface to its last snapshot; `link_places` says who may have a link, `incoming` is what comes on it, `rounds`
 //!   the pages among it, `waits` those for the quota,
 //!   `answers` what goes back, `regions` the parts of images that it asks for.
 //! - [`remote`]: one client that names what it reads.
@@ -18,6 +18,7 @@ mod figures;
 mod fill;
 mod incoming;
 mod keeping;
+mod link_places;
 mod pages;
 mod regions;
 mod rounds;
@@ -28,21 +29,19 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::net::UnixStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config::CacheSettings;
 use crate::control::model::{LinkStatus, SnapshotState};
 use crate::criu::remote::CACHE_SOCKET;
 use crate::criu::stream::SERVE_SOCKET;
-use crate::daemon::accept::{Listeners, permits};
+use crate::daemon::accept::Listeners;
 use crate::daemon::given::GivenLink;
 use crate::daemon::handed_over::into_tokio;
-use crate::daemon::idlers::Idlers;
 use crate::daemon::outages::Outages;
+use crate::daemon::places::{Place, Places};
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
@@ -55,6 +54,7 @@ use crate::sys::connected::Stream;
 
 use figures::Figures;
 use keeping::Keeping;
+use link_places::LinkPlaces;
 use pages::Whose;
 use restore::Source;
 
@@ -120,8 +120,8 @@ impl Cache {
     }
 
     /// Serves one proxy.
-    async fn serve_link(self: Rc<Self>, stream: Stream) {
-        let _ = link::serve(&self, stream, link::Whose::Anyone).await;
+    async fn serve_link(self: Rc<Self>, stream: Stream, place: Place) {
+        let _ = link::serve(&self, stream, link::Whose::Anyone, place).await;
     }
 
     /// Brings the pages of a whole snapshot together, in steps and if a restore from a view is to come.
@@ -137,7 +137,7 @@ impl Cache {
 
     /// Serves the one proxy that is connected already.
     async fn serve_given(self: Rc<Self>, stream: Stream) {
-        let well = link::serve(&self, stream, link::Whose::Given).await;
+        let well = link::serve(&self, stream, link::Whose::Given, Place::unlimited()).await;
         self.given.ended(well);
     }
 }
@@ -145,10 +145,7 @@ impl Cache {
 /// The links that are up.
 #[derive(Debug)]
 struct Links {
-    /// One for each link that may be up.
-    permits: Arc<Semaphore>,
-    /// Connections that are no links yet.
-    strangers: Idlers,
+    places: LinkPlaces,
     peers: RefCell<Vec<Rc<LinkStatus>>>,
     busy: Sessions,
     /// What was told of each proxy's links.
@@ -164,20 +161,10 @@ const OUTAGES: usize = 256;
 impl Links {
     fn new(max: u64) -> Links {
         Links {
-            permits: permits(max),
-            strangers: Idlers::default(),
+            places: LinkPlaces::new(max),
             peers: RefCell::default(),
             busy: Sessions::default(),
             outages: RefCell::default(),
-        }
-    }
-
-    /// Waits until one more link may be up; one that was given always may.
-    async fn permit(&self, whose: link::Whose) -> Option<OwnedSemaphorePermit> {
-        match whose {
-            // The semaphore is never closed.
-            link::Whose::Anyone => self.permits.clone().acquire_owned().await.ok(),
-            link::Whose::Given => None,
         }
     }
 
@@ -271,10 +258,11 @@ impl Daemon for Cache {
     }
 
     fn start(settings: CacheSettings, sockets: Sockets) -> io::Result<Rc<Cache>> {
-        let max = permits(settings.sessions.max);
-        let max_readers = permits(settings.sessions.max);
-        let max_clients = permits(settings.remote.max);
-        let max_scrapes = permits(metrics::CLIENTS_MAX);
+        let max = Places::new(settings.sessions.max);
+        let max_readers = Places::new(settings.sessions.max);
+        let max_clients = Places::new(settings.remote.max);
+        let max_scrapes = Places::new(metrics::CLIENTS_MAX);
+        let max_strangers = Places::new(link::STRANGERS);
         let cache = Cache::new(settings);
         cache.keeping.begin(&cache.store, sockets.kept);
         for (key, ..) in cache.store.restorable() {
@@ -295,20 +283,20 @@ impl Daemon for Cache {
         }
         for listener in sockets.pages {
             let serving = cache.clone();
-            let serve =
-                move |stream| pages::admit_and_serve(serving.clone(), stream, Whose::WhoHasTheTask);
+            let serve = move |stream, place| {
+                pages::admit_and_serve(serving.clone(), stream, Whose::WhoHasTheTask, place)
+            };
             cache.listeners.serve_bound("pages", listener, &max_readers, serve)?;
         }
         for listener in sockets.metrics {
             let serving = cache.clone();
-            let serve = move |stream| metrics::serve(serving.clone(), stream);
+            let serve = move |stream, place| metrics::serve(serving.clone(), stream, place);
             cache.listeners.serve_bound("metrics", listener, &max_scrapes, serve)?;
         }
         for listener in sockets.link {
             let serving = cache.clone();
-            let serve = move |stream| serving.clone().serve_link(stream);
-            // A permit is for those that have introduced themselves.
-            cache.listeners.serve_bound("link", listener, &permits(u64::MAX), serve)?;
+            let serve = move |stream, place| serving.clone().serve_link(stream, place);
+            cache.listeners.serve_bound("link", listener, &max_strangers, serve)?;
         }
         tokio::task::spawn_local(release_in_turns());
         tokio::task::spawn_local(close_in_background());

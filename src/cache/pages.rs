@@ -19,6 +19,7 @@ use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
 use crate::daemon::page_server::{self, Asked, BadClient, Client, Ended};
+use crate::daemon::places::Place;
 use crate::daemon::sessions::Session;
 use crate::metrics::refusals::Reason;
 use crate::store::pages::{Flat, Index, Part};
@@ -71,10 +72,10 @@ impl From<NotGiven> for Failure {
 }
 
 /// Serves one client of a socket that anybody may find, if it may connect.
-pub(super) async fn admit_and_serve(cache: Rc<Cache>, stream: Stream, whose: Whose) {
+pub(super) async fn admit_and_serve(cache: Rc<Cache>, stream: Stream, whose: Whose, place: Place) {
     let (settings, peer) = (cache.settings(), stream.peer());
     match admit_stream(&stream, &settings.allow_uids, settings.insecure).await {
-        Ok(()) => serve(cache, stream, whose).await,
+        Ok(_) => serve(cache, stream, whose, place).await,
         Err(why) => {
             cache.figures.refusals.count(Reason::from(&why));
             tracing::warn!(
@@ -88,27 +89,15 @@ pub(super) async fn admit_and_serve(cache: Rc<Cache>, stream: Stream, whose: Who
 }
 
 /// Serves one client, until it closes the connection or breaks the protocol.
-pub(super) async fn serve(cache: Rc<Cache>, stream: Stream, whose: Whose) {
+pub(super) async fn serve(cache: Rc<Cache>, stream: Stream, whose: Whose, place: Place) {
     let _session = cache.restores.enter();
     let peer = stream.peer();
     let span = tracing::error_span!("pages", criu_peer = %peer);
     async {
         let settings = cache.settings();
-        let pipe_size = usize::try_from(settings.sessions.pipe_size).unwrap_or(usize::MAX);
-        let staging = match Pipe::new(pipe_size) {
-            Ok(staging) => staging,
-            Err(error) => {
-                tracing::warn!(
-                    message_id = journal::CANNOT_SERVE,
-                    criu_reason = %error,
-                    "pages cannot be served to {peer}: {error}"
-                );
-                return;
-            }
-        };
         let mut pages =
-            Pages { cache: &cache, settings: settings.clone(), staging, whose, bound: None };
-        let (mut client, mut sent) = (Client::new(stream), 0);
+            Pages { cache: &cache, settings: settings.clone(), staging: None, whose, bound: None };
+        let (mut client, mut sent) = (Client::new(stream, place), 0);
         let ended = loop {
             match page_server::serve(&mut client, None, &mut pages, &mut sent, &settings.sessions)
                 .await
@@ -136,7 +125,8 @@ pub(super) async fn listen(cache: Rc<Cache>, listener: Listener, key: Key) {
             () = cache.store.gone(key) => return,
         };
         // A task of its own: a restore goes on when the daemon stops to listen.
-        tokio::task::spawn_local(admit_and_serve(cache.clone(), stream, Whose::Named(key)));
+        let (whose, place) = (Whose::Named(key), Place::unlimited());
+        tokio::task::spawn_local(admit_and_serve(cache.clone(), stream, whose, place));
     }
 }
 
@@ -144,8 +134,8 @@ pub(super) async fn listen(cache: Rc<Cache>, listener: Listener, key: Key) {
 struct Pages<'a> {
     cache: &'a Cache,
     settings: Rc<CacheSettings>,
-    /// Empty between answers.
-    staging: Pipe,
+    /// Empty between answers. Who asks for nothing needs none.
+    staging: Option<Pipe>,
     whose: Whose,
     bound: Option<Bound>,
 }
@@ -167,7 +157,14 @@ impl page_server::Pages for Pages<'_> {
         let index = flat.space(&space).ok_or(NotGiven::NotInSnapshot(space))?;
         let address = range.address();
         let there = index.leading(range).ok_or(NotGiven::NoPage { space, address })?;
-        self.send(client, &asked.header(there)?, index, there).await?;
+        let header = asked.header(there)?;
+        let size = usize::try_from(self.settings.sessions.pipe_size).unwrap_or(usize::MAX);
+        let staging = match self.staging.take() {
+            Some(staging) => staging,
+            None => Pipe::new(size).map_err(NotGiven::Ours)?,
+        };
+        self.send(client, &header, (index, there), &staging).await?;
+        self.staging = Some(staging);
         self.cache.served.set(self.cache.served.get() + there.bytes());
         Ok(there.bytes())
     }
@@ -222,11 +219,11 @@ impl Pages<'_> {
         &self,
         client: &Client,
         header: &[u8],
-        index: &Index,
-        range: PageRange,
+        (index, range): (&Index, PageRange),
+        staging: &Pipe,
     ) -> Result<(), Failure> {
         let ours = |error| Failure::from(NotGiven::Ours(error));
-        let (into, room) = (&self.staging.into, self.staging.capacity());
+        let (into, room) = (&staging.into, staging.capacity());
         let mut staged = rustix::io::write(into, header).map_err(|errno| ours(errno.into()))?;
         for part in index.parts(range) {
             let Part::Pages { range, mut offset, run } = part else { break };
@@ -237,21 +234,26 @@ impl Pages<'_> {
                     Ok(0) => return Err(ours(io::ErrorKind::UnexpectedEof.into())),
                     Ok(moved) => staged += moved,
                     Err(error) if staged > 0 && error.kind() == io::ErrorKind::WouldBlock => {
-                        self.flush(client, std::mem::take(&mut staged)).await?;
+                        self.flush(client, staging, std::mem::take(&mut staged)).await?;
                     }
                     Err(error) => return Err(ours(error)),
                 }
             }
         }
-        Ok(self.flush(client, staged).await?)
+        Ok(self.flush(client, staging, staged).await?)
     }
 
     /// Sends what is staged.
-    async fn flush(&self, client: &Client, mut staged: usize) -> Result<(), BadClient> {
+    async fn flush(
+        &self,
+        client: &Client,
+        staging: &Pipe,
+        mut staged: usize,
+    ) -> Result<(), BadClient> {
         let limit = self.settings.sessions.stall_timeout;
         let stream = client.stream();
         while staged > 0 {
-            let send = || transfer(&self.staging.out, &**stream, staged);
+            let send = || transfer(&staging.out, &**stream, staged);
             let moved = timeout(limit, stream.async_io(Interest::WRITABLE, send)).await;
             staged -= moved.map_err(|_| BadClient::Deaf(limit))?.map_err(BadClient::Connection)?;
         }

@@ -31,7 +31,7 @@ pub(super) struct ArrivingRound {
     rest: Option<Run>,
     /// Where the next bytes go.
     filling: Option<Filling>,
-    _busy: Session,
+    _busy: [Session; 2],
 }
 
 /// A piece of pages that has a place.
@@ -43,7 +43,7 @@ struct Filling {
 
 impl ArrivingRound {
     /// A round that has begun.
-    pub(super) fn new(id: String, coming: ComingRound, busy: Session) -> ArrivingRound {
+    pub(super) fn new(id: String, coming: ComingRound, busy: [Session; 2]) -> ArrivingRound {
         let started = Instant::now();
         let (space, rest, filling) = (None, None, None);
         ArrivingRound { id, coming, started, space, rest, filling, _busy: busy }

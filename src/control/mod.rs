@@ -21,6 +21,7 @@ mod client;
 mod guard;
 pub mod model;
 mod serve;
+mod users;
 
 #[cfg(test)]
 mod description;

@@ -22,9 +22,10 @@ use super::calls::{
 };
 use super::guard::Guarded;
 use super::model::{Role, SnapshotState};
+use super::users::User;
 use super::{Backend, DESCRIPTION, INTERFACE, Open, OpenPages, Reading, Refusal, Withdraw};
 use crate::criu::names::check_id;
-use crate::daemon::idlers::Idlers;
+use crate::daemon::idlers::Idler;
 use crate::daemon::journal;
 use crate::daemon::sessions::Peer;
 
@@ -70,7 +71,7 @@ enum Ended {
     Gone,
     #[error("nothing was asked for {IDLE:?}")]
     Idle,
-    #[error("others want its place, and it has called nothing for longest")]
+    #[error("of too many of its user's that call nothing it has done so for longest")]
     MadeWay,
     #[error("a reply was not read for {UNREAD:?}")]
     Unread,
@@ -88,15 +89,16 @@ impl From<zlink::Error> for Ended {
 }
 
 /// Answers a peer's calls until it goes. A fault of the peer's ends this conversation only.
-/// While it calls nothing, it is among the `idlers`.
+/// While it calls nothing, as it does at first, it is an `idler` of its user's.
 pub(super) async fn converse<B: Backend>(
     stream: UnixStream,
     peer: Peer,
     backend: Rc<B>,
-    idlers: Idlers,
+    user: Rc<User>,
+    idler: Idler,
 ) {
     let serve = async {
-        match Conversation::run(stream, peer, &*backend, &idlers).await {
+        match Conversation::run(stream, peer, &*backend, (&user, idler)).await {
             Ended::Fault(error) => warn!(
                 message_id = journal::PROTOCOL_ERROR,
                 criu_reason = %error,
@@ -112,25 +114,30 @@ struct Conversation<'b, B> {
     connection: Connection<Guarded>,
     peer: Peer,
     backend: &'b B,
-    idlers: &'b Idlers,
+    user: &'b User,
 }
 
 impl<B: Backend> Conversation<'_, B> {
-    async fn run(stream: UnixStream, peer: Peer, backend: &B, idlers: &Idlers) -> Ended {
+    async fn run(
+        stream: UnixStream,
+        peer: Peer,
+        backend: &B,
+        (user, mut idler): (&User, Idler),
+    ) -> Ended {
         let connection = match zlink::unix::Stream::try_from(stream) {
             Ok(stream) => Connection::new(Guarded(stream)),
             Err(error) => return error.into(),
         };
-        let mut conversation = Conversation { connection, peer, backend, idlers };
+        let mut conversation = Conversation { connection, peer, backend, user };
         loop {
-            if let Err(ended) = conversation.next().await {
+            if let Err(ended) = conversation.next(idler).await {
                 return ended;
             }
+            idler = user.idle();
         }
     }
 
-    async fn next(&mut self) -> Result<(), Ended> {
-        let mut idler = self.idlers.enter();
+    async fn next(&mut self, mut idler: Idler) -> Result<(), Ended> {
         let (call, descriptors) = tokio::select! {
             // A call that has come is answered.
             biased;
@@ -140,6 +147,11 @@ impl<B: Backend> Conversation<'_, B> {
             () = idler.turned_out() => return Err(Ended::MadeWay),
         };
         drop(idler);
+        let _under_way = match self.user.begin_call() {
+            Ok(call) => call,
+            Err(_) if call.oneway() => return Ok(()),
+            Err(reason) => return self.fail(CallError::Refused { reason }.into()).await,
+        };
         let outcome = match call.method().method.as_str() {
             method::WATCH if call.more() => return self.watch(&call).await,
             method::WATCH => Err(ServiceError::ExpectedMore.into()),

@@ -387,3 +387,78 @@ fn pages_come_over_tcp_as_well() {
         assert!(matches!(refused, Err(ClientError::Refused(_))));
     });
 }
+
+#[test]
+fn the_calls_of_one_user_keep_no_other_from_the_socket() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("control.sock");
+    LocalSet::new().block_on(&runtime, async {
+        let listener = UnixListener::bind(&path).unwrap();
+        let fake = Rc::new(Fake::default());
+        fake.set("web", SnapshotState::Receiving, 5);
+        // The socket is asked who comes: here the test says so.
+        let (user, own) = (4711, rustix::process::geteuid().as_raw());
+        let uid = Rc::new(Cell::new(user));
+        let comes = uid.clone();
+        let admit = move |_: &UnixStream| Some(Peer { uid: comes.get(), pid: 0 });
+        tokio::task::spawn_local(serve(listener, admit, fake));
+        let call = |method: &str, more: bool| {
+            let parameters = r#"{"id":"web"}"#;
+            format!(
+                "{{\"method\":\"{INTERFACE}.{method}\",\"parameters\":{parameters},\"more\":{more}}}\0"
+            )
+        };
+        let watch = async || {
+            let mut stream = UnixStream::connect(&path).await.unwrap();
+            stream.write_all(call("Watch", true).as_bytes()).await.unwrap();
+            let mut reply = Vec::new();
+            while !reply.ends_with(b"\0") && stream.read_buf(&mut reply).await.unwrap() > 0 {}
+            (stream, String::from_utf8(reply).unwrap())
+        };
+        for calls in [user, own] {
+            uid.set(calls);
+            let mut watching = Vec::new();
+            for _ in 0..300 {
+                let (stream, reply) = watch().await;
+                if reply.contains("receiving") {
+                    watching.push(stream);
+                } else {
+                    assert!(reply.contains("uid 4711 has 128 calls under way already"), "{reply}");
+                }
+            }
+            assert_eq!(watching.len(), if calls == own { 300 } else { 128 });
+            for other in [0, own, 4712] {
+                uid.set(other);
+                let mut client = Client::connect(&path).await.unwrap();
+                client.status().await.unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn idle_connections_of_one_user_turn_out_their_own() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("control.sock");
+    LocalSet::new().block_on(&runtime, async {
+        let listener = UnixListener::bind(&path).unwrap();
+        let uid = Rc::new(Cell::new(0));
+        let comes = uid.clone();
+        let admit = move |_: &UnixStream| Some(Peer { uid: comes.get(), pid: 0 });
+        tokio::task::spawn_local(serve(listener, admit, Rc::new(Fake::default())));
+        let mut root = Client::connect(&path).await.unwrap();
+        root.status().await.unwrap();
+        uid.set(4711);
+        let mut idle = Vec::new();
+        for _ in 0..300 {
+            idle.push(UnixStream::connect(&path).await.unwrap());
+        }
+        assert_eq!(idle[0].read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(idle[171].read(&mut [0]).await.unwrap(), 0);
+        root.status().await.unwrap();
+        let stays = timeout(Duration::from_millis(1), idle[172].read(&mut [0])).await;
+        assert!(stays.is_err(), "{stays:?}");
+    });
+}

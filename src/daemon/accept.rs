@@ -3,16 +3,15 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::unix::net;
-use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::net::UnixStream;
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::handed_over::{Listener, into_tokio};
 use super::journal;
+use super::places::{Place, Places};
 use super::sockets::Bound;
 use crate::sys::connected::Stream;
 
@@ -59,34 +58,46 @@ impl Listeners {
         listeners.push(tokio::task::spawn_local(listener));
     }
 
-    /// Serves each connection of a unix socket, at most as many at once as there are permits. The part of
+    /// Serves each connection of a unix socket, at most as many at once as there are places. The part of
     /// `serve` before its future is done in the order in which they are accepted.
     pub fn serve_unix<F: Future<Output = ()> + 'static>(
         &self,
         socket: &'static str,
         listener: net::UnixListener,
-        permits: &Arc<Semaphore>,
+        places: &Places,
         serve: impl Fn(UnixStream) -> F + 'static,
     ) -> io::Result<()> {
-        let (listener, permits) = (into_tokio(listener)?, permits.clone());
+        let (listener, places) = (into_tokio(listener)?, places.clone());
         self.start(async move {
             let accept = async || Ok(listener.accept().await?.0);
-            accept_each(socket, permits, accept, serve).await;
+            accept_each(socket, &places, accept, |stream, place| {
+                let session = serve(stream);
+                async move {
+                    let _place = place;
+                    session.await;
+                }
+            })
+            .await;
         });
         Ok(())
     }
 
-    /// The same for a socket of either family.
+    /// The same for a socket of either family, where a peer that has said nothing yet may have to make way.
     pub fn serve_bound<F: Future<Output = ()> + 'static>(
         &self,
         socket: &'static str,
         listener: Bound,
-        permits: &Arc<Semaphore>,
-        serve: impl Fn(Stream) -> F + 'static,
+        places: &Places,
+        serve: impl Fn(Stream, Place) -> F + 'static,
     ) -> io::Result<()> {
-        let (listener, permits) = (Listener::from(listener)?, permits.clone());
+        let (listener, places) = (Listener::from(listener)?, places.clone());
         self.start(async move {
-            accept_each(socket, permits, async || listener.accept().await, serve).await;
+            let accept = async || listener.accept().await;
+            accept_each(socket, &places, accept, |stream, mut place| {
+                places.await_first_word(&mut place);
+                serve(stream, place)
+            })
+            .await;
         });
         Ok(())
     }
@@ -99,27 +110,18 @@ impl Listeners {
     }
 }
 
-/// Permits for `max` connections at once.
-pub fn permits(max: u64) -> Arc<Semaphore> {
-    let max = usize::try_from(max).unwrap_or(usize::MAX);
-    Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS)))
-}
-
-/// Accepts for ever, and serves each connection in a task of its own that holds a permit. While no
-/// permit is free, connections wait in the socket's backlog.
-pub async fn accept_each<S, F: Future<Output = ()> + 'static>(
+/// Accepts for ever, and serves each connection in a task of its own. While no place is free, one connection waits for it,
+/// and further ones in the socket's backlog: no place is held for those that may come, as others may share them.
+async fn accept_each<S, F: Future<Output = ()> + 'static>(
     socket: &str,
-    permits: Arc<Semaphore>,
+    places: &Places,
     accept: impl AsyncFn() -> io::Result<S>,
-    serve: impl Fn(S) -> F,
+    serve: impl Fn(S, Place) -> F,
 ) {
-    // The semaphore is never closed.
-    while let Ok(permit) = permits.clone().acquire_owned().await {
-        let session = serve(accept_one(socket, &accept).await);
-        tokio::task::spawn_local(async move {
-            let _permit = permit;
-            session.await;
-        });
+    loop {
+        let stream = accept_one(socket, &accept).await;
+        let place = places.take().await;
+        tokio::task::spawn_local(serve(stream, place));
     }
 }
 

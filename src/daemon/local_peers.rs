@@ -4,6 +4,7 @@
 //! user whose socket it is, and can be asked for one ([`sock_diag`]). Where it cannot, it lists them all
 //! (`/proc/self/net/tcp`, proc(5)), which takes milliseconds when there are many: that is read outside the event loop.
 
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -39,35 +40,54 @@ pub enum NotAdmitted {
     Io(#[from] io::Error),
 }
 
-/// Where a peer is.
-enum Place {
-    /// A process of this machine, of this user.
-    Here(u32),
-    /// On another machine.
-    Elsewhere,
+/// Whose a peer is: what it holds of something that is scarce counts as that one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Owner {
+    /// A user of this machine.
+    User(u32),
+    /// Another machine. One with IPv6 has all addresses of a network of 64 bits.
+    Host(IpAddr),
 }
 
-/// Checks that a peer may connect: that it is a process of this machine, of a user who [may](is_admitted). Peers of
+impl Owner {
+    fn host(ip: IpAddr) -> Owner {
+        Owner::Host(match ip.to_canonical() {
+            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
+            IpAddr::V4(ip) => ip.into(),
+        })
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Owner::User(uid) => write!(f, "uid {uid}"),
+            Owner::Host(ip) => ip.fmt(f),
+        }
+    }
+}
+
+/// Checks that a peer may connect, and tells whose it is: that it is a process of this machine, of a user who [may](is_admitted). Peers of
 /// other machines are only let in if that is `insecure`, whoever they are. A process that connects to an address that its own
 /// machine has, whichever that is, is no peer of another machine.
 pub async fn admit_stream(
     stream: &Stream,
     allowed: &[u32],
     insecure: bool,
-) -> Result<(), NotAdmitted> {
-    let place = match stream.peer() {
-        Peer::Unix => Place::Here(socket_peercred(stream).map_err(io::Error::from)?.uid.as_raw()),
-        Peer::Tcp(peer) => place_of(stream, peer).await?,
+) -> Result<Owner, NotAdmitted> {
+    let owner = match stream.peer() {
+        Peer::Unix => Owner::User(socket_peercred(stream).map_err(io::Error::from)?.uid.as_raw()),
+        Peer::Tcp(peer) => owner_of(stream, peer).await?,
     };
-    match place {
-        Place::Here(uid) if is_admitted(uid, allowed) => Ok(()),
-        Place::Here(uid) => Err(NotAdmitted::NotAllowed(uid)),
-        Place::Elsewhere if insecure => Ok(()),
-        Place::Elsewhere => Err(NotAdmitted::NotLocal),
+    match owner {
+        Owner::User(uid) if is_admitted(uid, allowed) => Ok(owner),
+        Owner::User(uid) => Err(NotAdmitted::NotAllowed(uid)),
+        Owner::Host(_) if insecure => Ok(owner),
+        Owner::Host(_) => Err(NotAdmitted::NotLocal),
     }
 }
 
-async fn place_of(stream: &Stream, peer: SocketAddr) -> Result<Place, NotAdmitted> {
+async fn owner_of(stream: &Stream, peer: SocketAddr) -> Result<Owner, NotAdmitted> {
     let ours = SocketAddr::try_from(getsockname(stream).map_err(io::Error::from)?);
     let ours = canonical(ours.map_err(io::Error::from)?);
     let scope = match getpeername(stream).ok().flatten().map(SocketAddr::try_from) {
@@ -80,7 +100,7 @@ async fn place_of(stream: &Stream, peer: SocketAddr) -> Result<Place, NotAdmitte
         asked => asked?,
     };
     if let Some(uid) = owner {
-        return Ok(Place::Here(uid));
+        return Ok(Owner::User(uid));
     }
     // Who hides a socket from the question above, or has closed it, must not be taken for another machine.
     let is_here = peer.ip().is_loopback()
@@ -89,7 +109,7 @@ async fn place_of(stream: &Stream, peer: SocketAddr) -> Result<Place, NotAdmitte
             Err(error) if error.kind() == io::ErrorKind::Unsupported => false,
             is_here => is_here?,
         };
-    if is_here { Err(NotAdmitted::Unknown) } else { Ok(Place::Elsewhere) }
+    if is_here { Err(NotAdmitted::Unknown) } else { Ok(Owner::host(peer.ip())) }
 }
 
 /// So many threads read the lists at once.
@@ -170,6 +190,15 @@ mod tests {
         }
         let (ours, _theirs) = UnixStream::pair().unwrap();
         admit_stream(&Stream::from_unix(ours), &[], false).await.unwrap();
+    }
+
+    #[test]
+    fn all_addresses_of_an_ipv6_host_are_one_owner() {
+        let owner = |ip: &str| Owner::host(ip.parse().unwrap());
+        assert_eq!(owner("2001:db8:1:2::7"), owner("2001:db8:1:2:ffff::1"));
+        assert_ne!(owner("2001:db8:1:2::7"), owner("2001:db8:1:3::7"));
+        assert_eq!(owner("::ffff:192.0.2.7"), owner("192.0.2.7"));
+        assert_ne!(owner("192.0.2.7"), owner("192.0.2.8"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod notify;
 pub mod outages;
 pub mod page_server;
 mod pidfile;
+pub mod places;
 pub mod rate;
 pub mod remote;
 mod service;

@@ -62,9 +62,14 @@ impl fmt::Display for Peer {
     }
 }
 
+/// Whether a user is root or the daemon's own.
+pub fn is_privileged(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
+}
+
 /// Whether a user may connect: root, the daemon's own user, and `allowed`.
 pub fn is_admitted(uid: u32, allowed: &[u32]) -> bool {
-    uid == 0 || uid == rustix::process::geteuid().as_raw() || allowed.contains(&uid)
+    is_privileged(uid) || allowed.contains(&uid)
 }
 
 /// Who is connected, if they [may be](is_admitted). A refusal is logged.

@@ -256,7 +256,7 @@ impl Sockets {
         self.control.push(bind(CONTROL_SOCKET)?);
         let listen = |key, address: &str| {
             let failed = |cause| SocketError::Listen { key, address: address.to_owned(), cause };
-            TcpListener::bind(address).map(Bound::Tcp).map_err(failed)
+            listen_on(address).map(Bound::Tcp).map_err(failed)
         };
         if let (Some(address), None) = (wanted.link, &self.connected) {
             self.link.push(listen("listen", address)?);
@@ -271,6 +271,15 @@ impl Sockets {
         }
         Ok(())
     }
+}
+
+/// Listens on an address. As many connections may wait to be accepted as the kernel lets wait (`net.core.somaxconn`),
+/// which is what systemd asks for, too: a further one is not answered, and its peer tries again only after a second.
+fn listen_on(address: &str) -> io::Result<TcpListener> {
+    // It lets 128 wait.
+    let listener = TcpListener::bind(address)?;
+    rustix::net::listen(&listener, i32::MAX)?;
+    Ok(listener)
 }
 
 /// A socket's path as it was given: one that is too long for a socket was bound [another way](unix::bind).
@@ -324,6 +333,18 @@ fn take_unix(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn more_than_a_few_hundred_connections_wait_to_be_accepted() {
+        let listener = listen_on("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let let_wait = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+        let waiting = let_wait.trim().parse().unwrap_or(0).min(400);
+        let connect = || std::net::TcpStream::connect_timeout(&address, Duration::from_millis(500));
+        let all: Vec<_> = (0..waiting).map(|_| connect().unwrap()).collect();
+        drop(all);
+    }
 
     #[test]
     fn a_socket_is_told_by_the_path_that_was_given() {

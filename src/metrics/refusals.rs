@@ -80,9 +80,9 @@ impl From<&BadClient> for Reason {
 
 impl From<&page_server::BadClient> for Reason {
     fn from(bad: &page_server::BadClient) -> Reason {
-        use page_server::BadClient::{Command, Connection, Deaf, Late, Silent, Torn};
+        use page_server::BadClient::{Command, Connection, Deaf, Late, MadeWay, Silent, Torn};
         match bad {
-            Silent(_) | Late(_) | Deaf(_) => Reason::Stalled,
+            Silent(_) | Late(_) | Deaf(_) | MadeWay => Reason::Stalled,
             Command(_) | Torn | Connection(_) => Reason::Protocol,
         }
     }

@@ -11,7 +11,8 @@ use super::page::Page;
 use super::refusals::{Reason, Refusals};
 use super::request::{Answer, HEAD_MAX};
 use crate::daemon::journal;
-use crate::daemon::local_peers::NotAdmitted;
+use crate::daemon::local_peers::{NotAdmitted, Owner};
+use crate::daemon::places::Place;
 use crate::sys::connected::{Peer, Stream};
 
 /// So many clients are served at once; further ones wait to be accepted.
@@ -27,14 +28,15 @@ pub trait Figures {
     fn page(&self) -> Page;
 
     /// Whether a client may have them.
-    fn admit(&self, client: &Stream) -> impl Future<Output = Result<(), NotAdmitted>>;
+    fn admit(&self, client: &Stream) -> impl Future<Output = Result<Owner, NotAdmitted>>;
 
     /// Where refused clients are counted.
     fn refusals(&self) -> &Refusals;
 }
 
 /// Serves one client: one request, one answer. What it does wrong ends its connection and nothing else.
-pub async fn serve(figures: Rc<impl Figures>, stream: Stream) {
+/// Until its request has come it may have to give up its place.
+pub async fn serve(figures: Rc<impl Figures>, stream: Stream, mut place: Place) {
     let peer = stream.peer();
     if let Err(why) = figures.admit(&stream).await {
         let why_not = match why {
@@ -43,7 +45,12 @@ pub async fn serve(figures: Rc<impl Figures>, stream: Stream) {
         };
         return refuse(&*figures, peer, Reason::from(&why), &why_not);
     }
-    let answer = match timeout(PATIENCE, ask(&stream)).await {
+    let Some(asked) = place.unless_turned_out(timeout(PATIENCE, ask(&stream))).await else {
+        figures.refusals().count(Reason::Stalled);
+        tracing::debug!("a client for figures, {peer}, makes way for others that came later");
+        return;
+    };
+    let answer = match asked {
         Ok(Ok(Some(answer))) => answer,
         // It has only looked whether somebody listens.
         Ok(Ok(None)) => return,

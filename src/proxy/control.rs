@@ -18,6 +18,7 @@ use crate::control::{Backend, Open, OpenPages, Refusal, Withdraw};
 use crate::daemon::accept::accept_one;
 use crate::daemon::handed_over::{PagesSocket, Socket};
 use crate::daemon::journal;
+use crate::daemon::places::Place;
 use crate::daemon::sessions::Peer;
 use crate::timeline::Phase;
 
@@ -125,7 +126,7 @@ impl Backend for Control {
         match socket {
             PagesSocket::Connected(stream) => {
                 tokio::task::spawn_local(async move {
-                    pages::serve(proxy.clone(), stream, target).await;
+                    pages::serve(proxy.clone(), stream, target, Place::unlimited()).await;
                     drop(open);
                     proxy.records.await_no_more(&record);
                 });

@@ -2,7 +2,7 @@
 
 use super::Proxy;
 use super::records::Tally;
-use crate::daemon::local_peers::{NotAdmitted, admit_stream};
+use crate::daemon::local_peers::{NotAdmitted, Owner, admit_stream};
 use crate::metrics;
 use crate::metrics::page::Page;
 use crate::metrics::refusals::Refusals;
@@ -50,7 +50,7 @@ impl metrics::Figures for Proxy {
         page
     }
 
-    async fn admit(&self, client: &Stream) -> Result<(), NotAdmitted> {
+    async fn admit(&self, client: &Stream) -> Result<Owner, NotAdmitted> {
         let settings = self.settings();
         let allowed = [&settings.allow_uids[..], &settings.metrics.allow_uids].concat();
         admit_stream(client, &allowed, settings.insecure).await

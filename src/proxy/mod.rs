@@ -43,8 +43,9 @@ use tokio::net::UnixStream;
 use crate::config::ProxySettings;
 use crate::criu::remote::PROXY_SOCKET;
 use crate::criu::stream::CAPTURE_SOCKET;
-use crate::daemon::accept::{Listeners, permits};
+use crate::daemon::accept::Listeners;
 use crate::daemon::handed_over::into_tokio;
+use crate::daemon::places::Places;
 use crate::daemon::rate::{Rate, human_bytes};
 use crate::daemon::sessions::{Peer, Sessions, admit};
 use crate::daemon::{Daemon, Sockets, Wanted, journal};
@@ -140,9 +141,9 @@ impl Daemon for Proxy {
     }
 
     fn start(settings: ProxySettings, sockets: Sockets) -> io::Result<Rc<Proxy>> {
-        let max = permits(settings.sessions.max);
-        let max_clients = permits(settings.remote.max);
-        let max_scrapes = permits(metrics::CLIENTS_MAX);
+        let max = Places::new(settings.sessions.max);
+        let max_clients = Places::new(settings.remote.max);
+        let max_scrapes = Places::new(metrics::CLIENTS_MAX);
         let proxy = Proxy::new(settings);
         if let Some(connected) = sockets.connected {
             proxy.links.join(connected.register()?, proxy.settings()).map_err(io::Error::other)?;
@@ -159,12 +160,12 @@ impl Daemon for Proxy {
         }
         for listener in sockets.pages {
             let serving = proxy.clone();
-            let serve = move |stream| pages::serve_shared(serving.clone(), stream);
+            let serve = move |stream, place| pages::serve_shared(serving.clone(), stream, place);
             proxy.listeners.serve_bound("pages", listener, &max, serve)?;
         }
         for listener in sockets.metrics {
             let serving = proxy.clone();
-            let serve = move |stream| metrics::serve(serving.clone(), stream);
+            let serve = move |stream, place| metrics::serve(serving.clone(), stream, place);
             proxy.listeners.serve_bound("metrics", listener, &max_scrapes, serve)?;
         }
         for listener in sockets.control {

@@ -25,6 +25,7 @@ use crate::daemon::handed_over::Listener;
 use crate::daemon::journal;
 use crate::daemon::local_peers::admit_stream;
 use crate::daemon::page_server::{self, BadClient, Ended};
+use crate::daemon::places::Place;
 use crate::metrics::refusals::Reason;
 use crate::sys::connected::Stream;
 use crate::sys::ends::Source;
@@ -59,21 +60,21 @@ impl Target {
 }
 
 /// Serves one connection of the shared socket: its rounds become a new snapshot.
-pub(super) async fn serve_shared(proxy: Rc<Proxy>, stream: Stream) {
+pub(super) async fn serve_shared(proxy: Rc<Proxy>, stream: Stream, place: Place) {
     let id = fresh_id(&proxy.name, stream.peer().port());
     let cache = proxy.links.destination(&proxy.settings());
     // Nobody has that id.
     let Some(record) = proxy.records.add(&id, &cache, SnapshotState::Awaited) else { return };
     let target = Target { id, parent: None, cache, record: record.clone(), is_new: true };
-    admit_and_serve(proxy.clone(), stream, target).await;
+    admit_and_serve(proxy.clone(), stream, target, place).await;
     proxy.records.await_no_more(&record);
 }
 
 /// Serves one connection of a socket that anybody may find, if its client may connect.
-async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
+async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target, place: Place) {
     let (settings, peer) = (proxy.settings(), stream.peer());
     match admit_stream(&stream, &settings.allow_uids, settings.insecure).await {
-        Ok(()) => serve(proxy, stream, target).await,
+        Ok(_) => serve(proxy, stream, target, place).await,
         Err(why) => {
             proxy.figures.refusals.count(Reason::from(&why));
             tracing::warn!(
@@ -89,13 +90,13 @@ async fn admit_and_serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
 
 /// Serves one connection, until the client closes it or breaks the protocol. Whatever fails ends this
 /// session only, and towards the source: CRIU's dump fails, the process runs on.
-pub(super) async fn serve(proxy: Rc<Proxy>, stream: Stream, target: Target) {
+pub(super) async fn serve(proxy: Rc<Proxy>, stream: Stream, target: Target, place: Place) {
     let _session = proxy.sessions.enter();
     let peer = stream.peer();
     let span = tracing::error_span!("pages", criu_peer = %peer);
     async {
         let settings = proxy.settings();
-        let criu = page_server::Client::new(stream);
+        let criu = page_server::Client::new(stream, place);
         let source = Rc::new(Source::Stream(criu.stream().clone()));
         let mut client = Client {
             proxy: &proxy,
@@ -126,7 +127,8 @@ pub(super) async fn listen(proxy: Rc<Proxy>, listener: Listener, target: Target)
             () = target.record.over() => return,
         };
         // A task of its own: a round goes on when the daemon stops to listen.
-        tokio::task::spawn_local(admit_and_serve(proxy.clone(), stream, target.clone()));
+        let place = Place::unlimited();
+        tokio::task::spawn_local(admit_and_serve(proxy.clone(), stream, target.clone(), place));
     }
 }
 
@@ -155,6 +157,11 @@ impl Client<'_> {
             () = record.over() => return false,
         };
         let refused = match first {
+            Err(Failure::Client(BadClient::MadeWay)) => {
+                self.proxy.figures.refusals.count(Reason::Stalled);
+                tracing::debug!("a client makes way for others that came later");
+                return false;
+            }
             Ok(None) => return false,
             Ok(Some(Command::Get { .. })) if self.target.has_no_pages() => incomplete(NOBODYS),
             Ok(Some(get @ Command::Get { .. })) => return self.gets(get).await,

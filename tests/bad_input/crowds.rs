@@ -7,13 +7,18 @@ use std::time::Duration;
 
 use criu_image_relay::control::INTERFACE;
 use criu_image_relay::control::model::SnapshotState;
+use criu_image_relay::criu::page_server::header::Dialect;
 use criu_image_relay::daemon::CONTROL_SOCKET;
 use criu_image_relay::wire::frame;
 use criu_image_relay::wire::message::{Hello, Message, SnapshotAbort};
 
 use crate::criu::RECORDS;
-use crate::daemons::{Daemon, SOON, eventually, have_many_files};
+use crate::daemons::{Daemon, SOON, eventually, have_many_files, unused_address};
+use crate::hosts::Hosts;
+use crate::lazy::{Lazy, images, send};
 use crate::link::Link;
+use crate::page_client::{HELD, PageClient};
+use crate::pages_at_proxy::{PAGE, TASK};
 use crate::proxy_standin::ProxyStandin;
 
 #[test]
@@ -144,4 +149,51 @@ fn of_many_refused_links_some_are_logged_and_then_how_many_more_there_were() {
     let log = cache.stop();
     assert_eq!(log.lines().filter(|line| line.contains("is refused:")).count(), 101);
     assert!(log.contains("200 more messages about 127.0.0.1 were left out"), "{log}");
+}
+
+#[test]
+fn silent_clients_of_a_page_server_make_way_and_those_at_work_do_not() {
+    let address = unused_address();
+    let listen = format!("{:?}", address.to_string());
+    let (cache, link) = Daemon::cache(&[("pages.listen", &listen), ("sessions.max", "3")]);
+    let mut proxy = ProxyStandin::connect(link);
+    send(&mut proxy, 1, "web", &images());
+    cache.assert_state("web", SnapshotState::Whole);
+    let mut works = Lazy::at(address);
+    assert_eq!(works.get(0x10000, 1), [16]);
+    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(address).unwrap()).collect();
+    for _ in 0..3 {
+        Lazy::at(address).assert_given();
+    }
+    assert!(eventually(|| is_over(&silent[0])), "the oldest still has its place");
+    works.assert_given();
+
+    // All places are taken by such as work: now a further one waits.
+    let mut also = [Lazy::at(address), Lazy::at(address)];
+    for lazy in &mut also {
+        lazy.assert_given();
+    }
+    let mut waits = Lazy::at(address);
+    waits.ask(0x10000, 1);
+    works.assert_given();
+    drop(also);
+    assert_eq!(waits.hear(0x10000), [16]);
+}
+
+#[test]
+fn silent_clients_of_the_proxys_page_server_make_way_and_a_round_goes_on() {
+    let address = unused_address();
+    let listen = format!("{:?}", address.to_string());
+    let hosts = Hosts::with(&[("pages.listen", &listen), ("sessions.max", "2")], &[]);
+    let mut dump = PageClient::at(address, Dialect::Long);
+    assert!(!dump.open(TASK).unwrap());
+    let silent: Vec<_> = (0..50).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let mut another = PageClient::at(address, Dialect::Long);
+    assert!(!another.open(TASK).unwrap());
+    assert!(eventually(|| is_over(&silent[0])), "the oldest still has its place");
+    for client in [&mut dump, &mut another] {
+        client.pages(TASK, 0x1000, false, PAGE).unwrap();
+        assert_eq!(client.force_close().unwrap(), HELD);
+    }
+    drop(hosts);
 }

@@ -1,5 +1,7 @@
 //! Users of the cache's own machine at its link, by whichever of its addresses.
 
+use std::io::{BufRead, BufReader};
+
 use crate::bed::{Bed, Host, wait_until};
 
 /// Introduces itself to a cache at an address, and prints what comes back.
@@ -93,4 +95,55 @@ fn a_proxy_sends_nothing_to_another_user_of_its_own_host_who_answers_in_the_cach
         let heard = String::from_utf8(posing.wait_with_output().unwrap().stdout).unwrap();
         assert!(heard.lines().all(|line| line == "b''") && !heard.is_empty(), "{heard}");
     }
+}
+
+/// Has two links for a while, and prints what came on them after the WELCOME when one has ended.
+const HOLD: &str = "import select, socket, struct
+def connect():
+    link = socket.create_connection(('127.0.0.1', 9996))
+    link.sendall(b'CRIURLAY\\x01\\0\\0\\0' + struct.pack('<HHI', 1, 3, 0) + b'\\x0a\\x01x')
+    stream = link.makefile('rb')
+    stream.read(12)
+    kind, length, _ = struct.unpack('<HHI', stream.read(8))
+    stream.read(length)
+    assert kind == 2, kind
+    return link
+links = [connect(), connect()]
+print('both are up', flush=True)
+came = {link: b'' for link in links}
+while True:
+    for link in select.select(links, [], [])[0]:
+        more = link.recv(4096)
+        if not more:
+            print(came[link], flush=True)
+            link.close()
+            while True:
+                # The other one goes on.
+                other = [other for other in links if other is not link][0]
+                assert other.recv(4096)
+        came[link] += more
+";
+
+#[test]
+fn who_has_all_links_gives_one_to_another_host() {
+    let bed = Bed::up();
+    bed.configure(Host::B, "max", "2");
+    bed.configure(Host::B, "allow-uids", "[65534]");
+    bed.ok(Host::B, &["systemctl", "restart", "criu-image-cache"]);
+    let links = || bed.ctl(Host::B, &["status"])[0]["links"].as_array().unwrap().len();
+    let user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+    let mut holds = bed.spawn(Host::B, &[&user[..], &["python3", "-uc", HOLD]].concat());
+    wait_until("both links are up", || links() == 2);
+    let put = ["criu-imagectl", "put", "--list", "--finish", "web", "/etc/hostname"];
+    bed.ok(Host::A, &put);
+    wait_until("it is in the journal", || {
+        let ended = bed.journal(Host::B, &["-u", "criu-image-cache"]);
+        let why = "another host wants one, uid 65534 has the most of them";
+        ended.iter().any(|entry| entry["MESSAGE"].as_str().unwrap().contains(why))
+    });
+    let told = BufReader::new(holds.stdout.take().unwrap()).lines().map(Result::unwrap).nth(1);
+    assert!(told.as_ref().is_some_and(|told| told.contains("another host wants one")), "{told:?}");
+    assert_eq!(links(), 2, "its other link stays");
+    bed.ok(Host::B, &["pkill", "-x", "python3"]);
+    holds.wait().unwrap();
 }

@@ -10,7 +10,7 @@ mod criu;
 mod daemons;
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -31,9 +31,12 @@ usage: tests/long/connections [--connections N] [--build DIR]
 
 Makes many connections at once to each TCP port of both daemons in turn: silent ones that stay, and such as are opened and closed
 over and over, always as many at once. Meanwhile it asks the daemon for its status all the time, and sends snapshots of 64 MiB.
-Prints for each port and kind how many of them the daemon's host took, which its backlog bounds, the slowest answer to `status`, and how long a snapshot took.
-The rows without a crowd say what the machine itself is good for at that time, and bound nothing. Exit status 0 says that every answer came within 100 ms, and that no crowd made a snapshot take more than twice its time (the
-median of several) without one.
+Prints for each port and kind how many connections were established, the slowest answer to `status`, and how long a snapshot took.
+All of the silent ones are established before anything is measured. That is not to say that the daemon serves them all: where a port has fewer
+places, the rest waits in the socket's backlog, or makes way (the kernel lets net.core.somaxconn wait). Of those that come and go it counts what was established in the end.
+The rows without a crowd, and of a crowd at a port where nobody accepts, say what the machine itself is good for at that time, with the crowd's own work on it: they bound
+nothing. On two cores most of what a crowd costs that comes and goes is its own. Exit status 0 says that every silent connection was established, that every
+answer came within 100 ms, and that no crowd made a snapshot take more than twice its time (the median of several) without one.
 
   --connections N   so many at once (default: 2000)
   --build DIR       the binaries to try (default: this checkout's)
@@ -47,6 +50,8 @@ const SNAPSHOT: usize = 64 << 20;
 const SNAPSHOTS: usize = 7;
 /// How much longer they may take for a crowd.
 const SLOWER: f64 = 2.0;
+/// How long it may take until a silent crowd is there.
+const ALL_THERE: Duration = Duration::from_secs(20);
 
 /// What is asked for.
 struct Wanted {
@@ -130,7 +135,10 @@ fn trial(connections: usize) -> bool {
     let alone = median((0..SNAPSHOTS).map(push).collect());
     println!("a push of {} MiB takes {} ms without a crowd\n", SNAPSHOT >> 20, millis(alone));
     println!("port             crowd             connections   slowest status   push   times");
+    // Nobody accepts there: what it costs to make the crowd, and to turn it away.
+    let nobody = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let ports = [
+        ("nobody's", &cache, nobody.local_addr().unwrap()),
         ("link", &cache, link),
         ("cache's pages", &cache, pages),
         ("cache's metrics", &cache, metrics),
@@ -139,21 +147,25 @@ fn trial(connections: usize) -> bool {
     ];
     let mut all_well = true;
     for (port, daemon, address) in ports {
+        let is_ours = port != "nobody's";
         for (crowd, connections) in
             [(Crowd::Silent, 0), (Crowd::Silent, connections), (Crowd::ComingAndGoing, connections)]
         {
+            if !is_ours && crowd == Crowd::Silent {
+                continue;
+            }
             let (made, slowest, took) = with_crowd(crowd, connections, (daemon, address), || {
                 (0..SNAPSHOTS).map(push).collect()
             });
             let took = median(took);
             let times = took.as_secs_f64() / alone.as_secs_f64();
-            let (late, slow) = (slowest > AT_ONCE, times > SLOWER);
-            let why = match (late, slow) {
-                (false, false) => "",
-                (true, false) => "  an answer came late",
-                (false, true) => "  a push took too long",
-                (true, true) => "  an answer came late, and a push took too long",
-            };
+            let broken = [
+                (crowd == Crowd::Silent && made < connections, "  not all could connect"),
+                (slowest > AT_ONCE, "  an answer came late"),
+                (times > SLOWER, "  a push took too long"),
+            ];
+            let broken = broken.iter().filter(|(is, _)| *is && is_ours && connections > 0);
+            let why: String = broken.map(|(_, why)| *why).collect();
             let kind = match crowd {
                 Crowd::Silent if connections == 0 => "none",
                 Crowd::Silent => "silent",
@@ -164,7 +176,7 @@ fn trial(connections: usize) -> bool {
                 millis(slowest),
                 millis(took)
             );
-            all_well &= connections == 0 || !late && !slow;
+            all_well &= why.is_empty();
         }
     }
     all_well
@@ -200,7 +212,8 @@ fn push(proxy: &Daemon, cache: &Daemon, bytes: &[u8]) -> Duration {
 }
 
 /// Does something while there is a crowd at a daemon's port. Returns how many connections were made, the slowest answer of the
-/// daemon to `status` from before the first connection to after the last, and what was done.
+/// daemon to `status` from before the first connection to after the last, and what was done. Of a silent crowd all
+/// connections have been made before it is done.
 fn with_crowd<T>(
     crowd: Crowd,
     connections: usize,
@@ -228,18 +241,19 @@ fn with_crowd<T>(
                     there.push_back(begin_to_connect(address));
                     continue;
                 }
-                crowded.store(true, Ordering::Relaxed);
                 match crowd {
+                    Crowd::Silent if !crowded.load(Ordering::Relaxed) => {
+                        let all = connected_within(ALL_THERE, &there);
+                        made.store(all, Ordering::Relaxed);
+                    }
                     Crowd::Silent => thread::sleep(Duration::from_millis(10)),
                     Crowd::ComingAndGoing => {
-                        // As many as the daemon takes, and none that it has not.
                         made.fetch_add(usize::from(has_connected(&there[0])), Ordering::Relaxed);
                         there.pop_front();
                     }
                 }
+                crowded.store(true, Ordering::Relaxed);
             }
-            let still = there.iter().filter(|socket| has_connected(socket)).count();
-            made.fetch_add(still, Ordering::Relaxed);
         });
         while !all(&crowded) {
             thread::sleep(Duration::from_millis(1));
@@ -261,6 +275,18 @@ fn begin_to_connect(address: SocketAddr) -> OwnedFd {
     match connect(&socket, &address) {
         Ok(()) | Err(Errno::INPROGRESS) => socket,
         Err(error) => panic!("{error}"),
+    }
+}
+
+/// How many connections have come to be, as soon as all have, or when the time is over.
+fn connected_within(time: Duration, connections: &VecDeque<OwnedFd>) -> usize {
+    let deadline = Instant::now() + time;
+    loop {
+        let connected = connections.iter().filter(|socket| has_connected(socket)).count();
+        if connected == connections.len() || Instant::now() > deadline {
+            return connected;
+        }
+        thread::sleep(Duration::from_millis(10));
     }
 }
 

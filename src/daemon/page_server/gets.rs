@@ -175,6 +175,10 @@ pub fn tell<P: Pages>(
     let criu_snapshot = pages.snapshot();
     let of = criu_snapshot.map(|id| format!(" of snapshot {id}")).unwrap_or_default();
     let failure = match failure {
+        Some(Failure::Client(BadClient::MadeWay)) => {
+            tracing::debug!("a client for pages, {peer}, makes way for others that came later");
+            return;
+        }
         None if criu_bytes == 0 => {
             tracing::debug!(criu_snapshot, "{peer} asked for no pages{of}");
             return;

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use crate::criu::page_server::command::{BadCommand, Command};
 use crate::criu::page_server::header::{Dialect, Reader};
+use crate::daemon::places::Place;
 use crate::sys::connected::Stream;
 use crate::sys::pipe::DEFAULT_CAPACITY;
 
@@ -22,6 +23,7 @@ pub use gets::{Asked, Ended, Failure, Pages, serve, tell};
 pub struct Client {
     stream: Rc<Stream>,
     reader: Reader,
+    place: Place,
 }
 
 /// A client that leaves where it must not, stalls, or says what is no command.
@@ -33,6 +35,9 @@ pub enum BadClient {
     /// It has gone within a command.
     #[error("the connection was closed within a command")]
     Torn,
+    /// It has not said a first command, and others want its place.
+    #[error("others want its place, and it has said nothing for longest")]
+    MadeWay,
     /// It has not begun a command for that long.
     #[error("nothing came for {0:?}")]
     Silent(Duration),
@@ -52,15 +57,18 @@ impl BadClient {
     fn is_fault(&self) -> bool {
         match self {
             BadClient::Command(_) | BadClient::Torn | BadClient::Late(_) => true,
-            BadClient::Silent(_) | BadClient::Deaf(_) | BadClient::Connection(_) => false,
+            BadClient::MadeWay
+            | BadClient::Silent(_)
+            | BadClient::Deaf(_)
+            | BadClient::Connection(_) => false,
         }
     }
 }
 
 impl Client {
-    /// A client that has said nothing yet.
-    pub fn new(stream: Stream) -> Client {
-        Client { stream: Rc::new(stream), reader: Reader::new() }
+    /// A client that has said nothing yet. It may have to give up its place until it has.
+    pub fn new(stream: Stream, place: Place) -> Client {
+        Client { stream: Rc::new(stream), reader: Reader::new(), place }
     }
 
     /// Its connection.
@@ -82,14 +90,25 @@ impl Client {
         patience: Duration,
         limit: Duration,
     ) -> Result<Option<Command>, BadClient> {
+        let Client { stream, reader, place } = self;
+        let next = Client::next(stream, reader, patience, limit);
+        place.unless_turned_out(next).await.unwrap_or(Err(BadClient::MadeWay))
+    }
+
+    async fn next(
+        stream: &Stream,
+        reader: &mut Reader,
+        patience: Duration,
+        limit: Duration,
+    ) -> Result<Option<Command>, BadClient> {
         loop {
-            let within = self.reader.is_within_header();
-            let room = self.reader.room();
+            let within = reader.is_within_header();
+            let room = reader.room();
             if room.is_empty() {
                 return Ok(None);
             }
             let wait = if within { limit } else { patience };
-            match timeout(wait, self.stream.read(room)).await {
+            match timeout(wait, stream.read(room)).await {
                 Err(_) if within => return Err(BadClient::Late(wait)),
                 Err(_) => return Err(BadClient::Silent(wait)),
                 Ok(Ok(0)) if within => return Err(BadClient::Torn),
@@ -98,7 +117,7 @@ impl Client {
                 Ok(Err(error)) if is_gone(&error) && !within => return Ok(None),
                 Ok(Err(error)) => return Err(BadClient::Connection(error)),
                 Ok(Ok(len)) => {
-                    if let Some(command) = self.reader.filled(len)? {
+                    if let Some(command) = reader.filled(len)? {
                         return Ok(Some(command));
                     }
                 }
