@@ -51,6 +51,15 @@ pub fn check_list(list: &str) -> Result<(), BadName> {
     if list.is_empty() { Ok(()) } else { check("name of a list", list) }
 }
 
+/// Whether a character moves the cursor, or what comes after it, elsewhere or out of sight: no name has it, and no
+/// terminal or log gets it from a peer.
+pub fn is_unprintable(c: char) -> bool {
+    // Those of Unicode that are not control characters by its own count: marks of zero width, separators of lines, and
+    // what turns the direction of writing.
+    let unseen = matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    c.is_control() || unseen
+}
+
 /// As much of a text as `max` bytes hold, cut between two characters.
 pub fn cut(text: &str, max: usize) -> &str {
     let mut end = text.len().min(max);
@@ -65,8 +74,8 @@ fn check(what: &'static str, name: &str) -> Result<(), BadName> {
         bad(what, name, "it is empty")
     } else if name.len() > NAME_MAX {
         bad(what, name, "it is longer than 4096 bytes")
-    } else if name.chars().any(char::is_control) {
-        bad(what, name, "it contains a NUL or another control character")
+    } else if name.chars().any(is_unprintable) {
+        bad(what, name, "it contains a NUL or another control character, or one that is not seen")
     } else {
         Ok(())
     }
@@ -83,7 +92,9 @@ mod tests {
 
     #[test]
     fn names_that_could_leave_a_directory_are_refused() {
-        for bad in ["", ".", "..", "a/b", "/etc/passwd", "../x", "a..b", "a\0b", "a\nb"] {
+        for bad in
+            ["", ".", "..", "a/b", "/etc/passwd", "../x", "a..b", "a\0b", "a\nb", "a\u{202e}b"]
+        {
             assert!(check_name(bad).is_err(), "{bad:?}");
             assert!(check_image(bad).is_err(), "{bad:?}");
         }
@@ -106,7 +117,10 @@ mod tests {
     fn an_id_may_be_a_path_and_a_list_have_no_name() {
         assert!(check_id("/tmp/ckpt/../1").is_ok());
         assert!(check_id("").is_err());
-        assert!(check_id("a\nb").is_err());
+        for bad in ["a\nb", "a\u{85}", "a\u{2028}b", "\u{feff}a", "a\u{200b}", "\u{202e}a"] {
+            assert!(check_id(bad).is_err(), "{bad:?}");
+        }
+        assert!(check_id("köln-京都").is_ok());
         assert!(check_list("").is_ok());
     }
 }

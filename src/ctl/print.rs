@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use serde::Serialize;
 
 use super::exit::Failure;
+use crate::criu::names::is_unprintable;
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy)]
@@ -133,7 +134,7 @@ pub(super) fn since(then_ms: u64) -> u64 {
 
 /// Words from a peer, made safe for a terminal and for one line.
 pub(super) fn clean(words: &str) -> String {
-    words.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    words.chars().map(|c| if is_unprintable(c) { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ pub use super::generated::{
 
 use super::frame::{Header, PAYLOAD_MAX};
 use super::narrow::too_wide;
-use crate::criu::names::cut;
+use crate::criu::names::{cut, is_unprintable};
 
 /// No region that is asked for is longer than this, in bytes: who asks holds it in memory.
 pub const REGION_MAX: usize = 256 << 10;
@@ -248,7 +248,7 @@ fn short(reason: &str) -> String {
 
 /// What a peer says goes into logs and onto terminals: without what moves a cursor there.
 fn printable(reason: &str) -> String {
-    cut(reason, REASON_MAX).replace(char::is_control, "?")
+    cut(reason, REASON_MAX).replace(is_unprintable, "?")
 }
 
 #[cfg(test)]

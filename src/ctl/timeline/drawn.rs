@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Name, Part, Told, extent, took};
+use crate::criu::names::is_unprintable;
 use crate::ctl::look::role_word;
 use crate::ctl::print::size;
 
@@ -106,7 +107,7 @@ fn escape(text: &str) -> String {
             '&' => escaped += "&amp;",
             '<' => escaped += "&lt;",
             '>' => escaped += "&gt;",
-            c if c.is_control() => escaped.push(' '),
+            c if is_unprintable(c) => escaped.push(' '),
             c => escaped.push(c),
         }
     }
