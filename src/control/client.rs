@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 use zlink::{Call, Connection, Reply};
 
 use super::Reading;
@@ -27,7 +28,7 @@ pub enum ClientError {
     Unreachable {
         /// The socket.
         path: PathBuf,
-        /// What connect(2) said.
+        /// What connect(2) said; or nobody answers.
         source: io::Error,
     },
     /// The daemon closed the connection in the middle, or said what is not Varlink.
@@ -47,6 +48,10 @@ pub enum ClientError {
     #[error("{0}")]
     Refused(String),
 }
+
+/// How long a daemon may take to answer what only looks. It takes some milliseconds. One that cannot start has a
+/// socket all the same: systemd's.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// A connection to a daemon's control socket.
 #[derive(Debug)]
@@ -89,27 +94,25 @@ impl Client {
 
     /// The daemon at a glance.
     pub async fn status(&mut self) -> Result<Status, ClientError> {
-        let reply: StatusOut = self.call(method::STATUS, Nothing {}, Vec::new()).await?;
+        let reply: StatusOut = self.ask(method::STATUS, Nothing {}).await?;
         Ok(reply.status)
     }
 
     /// Every snapshot it knows.
     pub async fn list(&mut self) -> Result<Vec<Snapshot>, ClientError> {
-        let reply: ListOut = self.call(method::LIST, Nothing {}, Vec::new()).await?;
+        let reply: ListOut = self.ask(method::LIST, Nothing {}).await?;
         Ok(reply.snapshots)
     }
 
     /// A snapshot and its images.
     pub async fn show(&mut self, id: &str) -> Result<(Snapshot, Vec<Image>), ClientError> {
-        let reply: ShowOut =
-            self.call(method::SHOW, ById { id: id.to_owned() }, Vec::new()).await?;
+        let reply: ShowOut = self.ask(method::SHOW, ById { id: id.to_owned() }).await?;
         Ok((reply.snapshot, reply.images))
     }
 
     /// When what happened to a snapshot.
     pub async fn timeline(&mut self, id: &str) -> Result<Vec<Phase>, ClientError> {
-        let reply: TimelineOut =
-            self.call(method::TIMELINE, ById { id: id.to_owned() }, Vec::new()).await?;
+        let reply: TimelineOut = self.ask(method::TIMELINE, ById { id: id.to_owned() }).await?;
         Ok(reply.phases)
     }
 
@@ -288,6 +291,23 @@ impl Client {
             return Err(self.broken(&error));
         }
         Ok(Watch { client: self, more: true })
+    }
+
+    /// A call that only looks.
+    async fn ask<P, R>(&mut self, method: &str, parameters: P) -> Result<R, ClientError>
+    where
+        P: Serialize + std::fmt::Debug,
+        R: DeserializeOwned + std::fmt::Debug,
+    {
+        let answer = self.call(method, parameters, Vec::new());
+        match timeout(ANSWERS_WITHIN, answer).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let why = format!("the daemon has not answered for {ANSWERS_WITHIN:?}");
+                let source = io::Error::new(io::ErrorKind::TimedOut, why);
+                Err(ClientError::Unreachable { path: self.path.clone(), source })
+            }
+        }
     }
 
     async fn call<P, R>(

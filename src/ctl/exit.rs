@@ -41,7 +41,7 @@ Exit status:
   0  done
   1  failed
   2  wrong usage
-  3  the daemon cannot be reached; migrate: there is no link to the cache
+  3  the daemon cannot be reached, or does not answer; migrate: there is no link to the cache
   4  no such snapshot or image
   5  the snapshot is damaged
   6  timed out
@@ -112,6 +112,14 @@ impl Failure {
         Failure::new(Exit::Unsure, format!("{}; {known}", self.what)).cure(cure)
     }
 
+    /// Adds what the proxy knows of it, unless that is said already, or somebody wanted it so.
+    pub(super) fn with_reason_of_proxy(self, why: &str) -> Failure {
+        if self.what.contains(why) || self.exit == Exit::Interrupted {
+            return self;
+        }
+        Failure { what: format!("{}\n    the proxy: {why}", self.what), ..self }
+    }
+
     /// It is one of a daemon that has gone in the middle.
     pub(super) fn of_a_daemon_gone(self) -> Failure {
         Failure { daemon_gone: true, ..self }
@@ -141,6 +149,12 @@ impl Failure {
 fn unreachable(socket: &Path, error: &io::Error) -> String {
     if error.kind() == io::ErrorKind::PermissionDenied {
         return "be root, or a user in allow-uids and in the group criu-image".to_owned();
+    }
+    if error.kind() == io::ErrorKind::TimedOut {
+        return place::service(socket).map_or_else(
+            || "see its log".to_owned(),
+            |unit| format!("it cannot start, or stands still: systemctl status {unit}"),
+        );
     }
     place::unit(socket).map_or_else(
         || "start the daemon whose --work-dir this is".to_owned(),

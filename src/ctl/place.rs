@@ -58,6 +58,12 @@ pub(super) fn unit(socket: &Path) -> Option<String> {
     Some(format!("criu-image-{daemon}-{kind}{at}.socket"))
 }
 
+/// The service that has a socket, likewise.
+pub(super) fn service(socket: &Path) -> Option<String> {
+    let (_, dir) = (unit(socket)?, socket.parent()?.file_name()?.to_str()?);
+    Some(format!("criu-image-{dir}.service"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,6 +83,11 @@ mod tests {
 
     #[test]
     fn a_socket_tells_its_unit() {
+        assert_eq!(
+            service(Path::new("/run/criu-image/cache@b/control.sock")).as_deref(),
+            Some("criu-image-cache@b.service")
+        );
+        assert_eq!(service(Path::new("/tmp/ckpt/control.sock")), None);
         let unit = |path: &str| unit(Path::new(path));
         let some = |name: &str| Some(name.to_owned());
         for (path, name) in [
