@@ -196,3 +196,37 @@ fn a_view_that_was_not_restored_is_restored_even_if_its_snapshot_is_dropped_in_t
     assert_eq!(bed.ctl(Host::B, &["status"])[0]["held_bytes"], 0);
     nothing_is_left(&bed);
 }
+
+/// CRIU itself says only that its page server does not answer.
+#[test]
+fn a_migration_says_why_the_cache_refuses_it() {
+    let bed = Bed::up();
+    migrate(&bed, &bed.workload(Host::A, "before", 8));
+    let pid = bed.workload(Host::A, "job", 8);
+    let migrate = ["criu-imagectl", "migrate", "-t", &pid, "--max-downtime", "1min", "--snapshot"];
+    let refused = bed.run(Host::A, &[&migrate[..], &["web"]].concat());
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success(), "{words}");
+    assert!(words.contains("a snapshot web is held already"), "{words}");
+    bed.ask(Host::A, "job", &pid);
+    // What was held is as it was.
+    let held = bed.list(Host::B);
+    assert_eq!(
+        (held.len(), &held[0]["id"], &held[0]["state"]),
+        (1, &"web".into(), &"whole".into())
+    );
+
+    // Who waits is told what happened to the process, in one line.
+    let slow = "#!/bin/sh\ncase \"$*\" in *' dump '*|dump*) kill -9 $PID; sleep 0.1;; esac\nexec criu \"$@\"\n";
+    let slow = slow.replace("$PID", &pid);
+    bed.ok(Host::A, &["sh", "-c", &format!("printf '%s' '{slow}' >/tmp/criu; chmod +x /tmp/criu")]);
+    let waits = bed.spawn(Host::B, &["criu-imagectl", "restore", "other", "--timeout", "1min"]);
+    wait_until("the restore waits", || bed.list(Host::B).iter().any(|one| one["id"] == "other"));
+    let failed = bed.run(Host::A, &[&migrate[..], &["other", "--criu", "/tmp/criu"]].concat());
+    assert!(!failed.status.success(), "{failed:?}");
+    let waited = waits.wait_with_output().unwrap();
+    let words = String::from_utf8_lossy(&waited.stderr);
+    assert_eq!(waited.status.code(), Some(5), "{words}");
+    assert!(words.contains("its process ended while it was moved: "), "{words}");
+    nothing_is_left(&bed);
+}

@@ -40,7 +40,7 @@ const IMAGE_DIR: &str = "CRTOOLS_IMAGE_DIR";
 const WITHDRAWN_WITHIN: Duration = Duration::from_secs(5);
 /// How often the proxy is asked whether it is there, and how long it may take to say so.
 const ASKED_EVERY: Duration = Duration::from_secs(2);
-const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+pub(super) const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// The same for a CRIU that is sending pages: it cannot be asked to stop, so it gets more time.
 const ANSWERS_CRIU_WITHIN: Duration = Duration::from_secs(10);
 
@@ -124,7 +124,8 @@ impl HandOver {
             },
             Err(failure) => failure,
         };
-        let withdrawn = timeout(WITHDRAWN_WITHIN, self.withdraw(&failure.to_string())).await;
+        let withdrawn =
+            timeout(WITHDRAWN_WITHIN, self.withdraw(&runs_on(&in_a_line(&failure)))).await;
         if matches!(withdrawn, Ok(Ok(Withdrawn::Taken))) && criu.is_there() {
             let _ = decision.decide(Decided::HandedOver);
             return Ok(());
@@ -139,12 +140,21 @@ impl HandOver {
         push::attempt(&daemon, Output { json: false }, &push, self.attempt).await
     }
 
-    /// Has the cache give up what came of this attempt.
+    /// Has the cache give up what came of this attempt, and tell that to whoever waits for it.
     pub(super) async fn withdraw(&self, reason: &str) -> Result<Withdrawn, ClientError> {
-        let reason = format!("its migration failed, and it runs on at the source: {reason}");
         let mut client = Client::connect(&self.socket).await?;
         client.withdraw(&self.snapshot, self.attempt, &reason, self.to.as_deref()).await
     }
+}
+
+/// What whoever waits for the snapshot is told of a migration that has failed.
+pub(super) fn runs_on(why: &str) -> String {
+    format!("its migration failed, and it runs on at the source: {why}")
+}
+
+/// A failure in one line: what CRIU complained of has several.
+pub(super) fn in_a_line(failure: &Failure) -> String {
+    failure.to_string().lines().map(str::trim).collect::<Vec<_>>().join("; ")
 }
 
 fn called_off() -> Failure {

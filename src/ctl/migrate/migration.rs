@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::param::page_size;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::args::Migrate;
 use super::beforehand::{self, rehearse, tracking};
 use super::commands::Commands;
 use super::decision::{Decided, Decision};
-use super::hand_over::{HandOver, stands_still};
+use super::hand_over::{ANSWERS_WITHIN, HandOver, in_a_line, runs_on, stands_still};
 use super::plan::{self, Dirty, Extent, Forecast, Plan, Round, Step};
 use super::report::{self, DumpTold, ForecastTold, Outcome, RoundTold, Summary, ms};
 use super::{memory, this_program};
@@ -233,7 +233,7 @@ impl<'a> Migration<'a> {
                 // CRIU ends the process, and so does the migration.
                 Ok(Decided::HandedOver) => {}
                 // What it sends to closes, and CRIU undoes everything by itself.
-                _ => _ = self.withdraw("it was called off").await,
+                _ => _ = self.withdraw(&runs_on("it was called off")).await,
             }
         };
         let hopeless = async {
@@ -284,7 +284,7 @@ impl<'a> Migration<'a> {
     /// Nothing was frozen, and nothing will be: what was sent is of no use to anybody.
     pub(super) async fn give_up(&self, why: &str, interrupts: &mut Interrupts) {
         // Who waits at the cache waits on, if it cannot be told; there is nothing to restore.
-        let _ = interrupts.during(self.withdraw(why)).await;
+        let _ = interrupts.during(self.withdraw(&runs_on(why))).await;
     }
 
     /// A failure, with what has become of the process and of what was sent.
@@ -293,6 +293,7 @@ impl<'a> Migration<'a> {
         failure: Failure,
         interrupts: &mut Interrupts,
     ) -> Failure {
+        let failure = self.with_reason_of_proxy(failure).await;
         let decision = Decision::at(self.work_dir.path());
         let may_have_sent = decision.may_have_sent();
         if decision.decided() == Some(Decided::HandedOver) && !self.args.leave_running {
@@ -303,7 +304,8 @@ impl<'a> Migration<'a> {
         if !memory::lives(tree) {
             // Whatever is at the cache is the only copy.
             if !may_have_sent {
-                let _ = interrupts.during(self.withdraw(&failure.to_string())).await;
+                let gone = format!("its process ended while it was moved: {}", in_a_line(&failure));
+                let _ = interrupts.during(self.withdraw(&gone)).await;
                 return failure.cure(format!("there is no process {tree} any more"));
             }
             return failure.unsure(
@@ -311,7 +313,7 @@ impl<'a> Migration<'a> {
                 format!("{at_b} {id}; if it is whole: criu-imagectl restore {id}"),
             );
         }
-        let asked = interrupts.during(self.withdraw(&failure.to_string())).await;
+        let asked = interrupts.during(self.withdraw(&runs_on(&in_a_line(&failure)))).await;
         let answer = asked.unwrap_or_else(|interrupted| Err(interrupted.into()));
         let runs_on = format!("process {tree} runs on here");
         match answer {
@@ -336,6 +338,17 @@ impl<'a> Migration<'a> {
                 format!("{runs_on}. Whether the cache has snapshot {id} is not known: {why}"),
                 format!("{at_b} {id}; if it is whole: criu-imagectl --cache drop {id}; if it is taken, end one of the two processes"),
             ),
+        }
+    }
+
+    /// Adds what the proxy knows of it: CRIU says only that its page server has gone.
+    async fn with_reason_of_proxy(&self, failure: Failure) -> Failure {
+        let shown = async { Client::connect(&self.proxy).await?.show(&self.id).await };
+        match timeout(ANSWERS_WITHIN, shown).await {
+            Ok(Ok((snapshot, _))) if !snapshot.reason.is_empty() => {
+                failure.with_reason_of_proxy(&clean(&snapshot.reason))
+            }
+            _ => failure,
         }
     }
 
