@@ -300,14 +300,12 @@ impl Client {
         R: DeserializeOwned + std::fmt::Debug,
     {
         let answer = self.call(method, parameters, Vec::new());
-        match timeout(ANSWERS_WITHIN, answer).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                let why = format!("the daemon has not answered for {ANSWERS_WITHIN:?}");
-                let source = io::Error::new(io::ErrorKind::TimedOut, why);
-                Err(ClientError::Unreachable { path: self.path.clone(), source })
-            }
+        if let Ok(answer) = timeout(ANSWERS_WITHIN, answer).await {
+            return answer;
         }
+        let why = format!("the daemon has not answered for {ANSWERS_WITHIN:?}");
+        let source = io::Error::new(io::ErrorKind::TimedOut, why);
+        Err(ClientError::Unreachable { path: self.path.clone(), source })
     }
 
     async fn call<P, R>(

@@ -143,7 +143,7 @@ impl HandOver {
     /// Has the cache give up what came of this attempt, and tell that to whoever waits for it.
     pub(super) async fn withdraw(&self, reason: &str) -> Result<Withdrawn, ClientError> {
         let mut client = Client::connect(&self.socket).await?;
-        client.withdraw(&self.snapshot, self.attempt, &reason, self.to.as_deref()).await
+        client.withdraw(&self.snapshot, self.attempt, reason, self.to.as_deref()).await
     }
 }
 
