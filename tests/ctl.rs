@@ -724,9 +724,11 @@ fn a_migration_that_is_interrupted_leaves_no_criu_behind() {
     let asked = proxy.path("asked");
     let criu =
         proxy.criu(&format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 60", utf8(&asked)));
-    let own = std::process::id().to_string();
+    // Not this one: other tests move its children.
+    let mut process = Command::new("sleep").arg("60").spawn().unwrap();
+    let tree = process.id().to_string();
     let migrate =
-        ["migrate", "-t", &own, "--criu", utf8(&criu), "--work-dir", utf8(proxy.dir.path())];
+        ["migrate", "-t", &tree, "--criu", utf8(&criu), "--work-dir", utf8(proxy.dir.path())];
     let mut command = proxy.command(&migrate);
     let migrating = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let pid = loop {
@@ -746,6 +748,8 @@ fn a_migration_that_is_interrupted_leaves_no_criu_behind() {
         std::thread::sleep(Duration::from_millis(1));
     }
     proxy.is_clean();
+    process.kill().unwrap();
+    process.wait().unwrap();
 }
 
 #[test]

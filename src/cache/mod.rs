@@ -382,7 +382,7 @@ impl Daemon for Cache {
                 tracing::info!(
                     message_id,
                     criu_snapshot = id,
-                    "snapshot {id} is left to systemd's file descriptor store"
+                    "snapshot {id} is left to systemd's file descriptor store: it is held again after a restart, and lost at a stop"
                 );
                 return;
             }

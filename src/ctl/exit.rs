@@ -117,7 +117,9 @@ impl Failure {
         if self.what.contains(why) || self.exit == Exit::Interrupted {
             return self;
         }
-        Failure { what: format!("{}\n    the proxy: {why}", self.what), ..self }
+        // Before what CRIU complained of: that it could not go on.
+        let (first, rest) = self.what.split_at(self.what.find('\n').unwrap_or(self.what.len()));
+        Failure { what: format!("{first}\n    the proxy: {why}{rest}"), ..self }
     }
 
     /// It is one of a daemon that has gone in the middle.
@@ -153,7 +155,7 @@ fn unreachable(socket: &Path, error: &io::Error) -> String {
     if error.kind() == io::ErrorKind::TimedOut {
         return place::service(socket).map_or_else(
             || "see its log".to_owned(),
-            |unit| format!("it cannot start, or stands still: systemctl status {unit}"),
+            |unit| format!("it cannot start, or stands still: journalctl -u {unit} says why"),
         );
     }
     place::unit(socket).map_or_else(

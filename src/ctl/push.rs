@@ -35,8 +35,8 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(super) async fn run(daemon: &Daemon, output: Output, push: &Push) -> Result<(), Failure> {
     attempt(daemon, output, push, 0).await.map_err(|failure| match failure.exit {
         Exit::Damaged => failure.cure(
-            "what was sent is lost, and the directory as it was: push it again. A snapshot of that id that the cache held before \
-             is untouched; on its host: criu-imagectl --cache list",
+            "what was sent is lost, and the directory as it was: mend the cause, and push it again. A snapshot of that id that the \
+             cache held before is untouched: drop it on its host (criu-imagectl --cache list), or push under another id (--snapshot)",
         ),
         _ => failure,
     })

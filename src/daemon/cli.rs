@@ -39,7 +39,7 @@ Without systemd it binds its sockets itself, in --work-dir, and keeps the rules 
 daemons:\n\n  \
 criu-image-proxy --daemon --pidfile FILE --log-file FILE --address CACHE\n\n\
 Then:\n\n  \
-criu dump --stream -D /run/criu-image/proxy -t PID",
+criu dump --stream -D /run/criu-image/proxy -t PID --action-script criu-imagectl",
     after_help = EXIT_STATUS
 )]
 pub struct ProxyCli {

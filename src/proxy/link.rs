@@ -310,7 +310,9 @@ async fn attempt(
             .map_err(|why| format!("what listens at {destination} gets nothing: {why}"))?;
         Ok((reader, writer, welcome))
     };
-    timeout(limit, in_time).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
+    // What is left of a longer time has fractions that nobody wants to read.
+    let told = Duration::from_millis(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
+    timeout(limit, in_time).await.unwrap_or_else(|_| Err(format!("no answer within {told:?}")))
 }
 
 async fn connect(destination: &str, settings: &ProxySettings) -> Result<Stream, String> {

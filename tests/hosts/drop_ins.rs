@@ -125,7 +125,7 @@ fn a_log_file_can_be_written_where_it_is_allowed() {
     let cannot_start = bed.run(Host::B, &["criu-imagectl", "--cache", "status"]);
     let words = String::from_utf8_lossy(&cannot_start.stderr);
     assert_eq!(cannot_start.status.code(), Some(3), "{words}");
-    let cure = "it cannot start, or stands still: systemctl status criu-image-cache.service";
+    let cure = "it cannot start, or stands still: journalctl -u criu-image-cache.service says why";
     assert!(words.contains(cure), "{words}");
     done(&bed, &block("### A log file"));
     let log = bed.ok(Host::B, &["cat", "/var/log/criu-image-relay/cache.log"]);
