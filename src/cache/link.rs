@@ -69,8 +69,8 @@ pub(super) enum Over {
     NotAllowed(#[from] NotAdmitted),
     /// Another host is to have its link.
     #[error(
-        "all links of link.max were taken, another host wants one, {0} has the most of them, and of those on this one \
-         nothing was moved for longest"
+        "all links of link.max were taken, another host wants one, none has more of them than {0}, and of those on this \
+         one nothing was moved for longest"
     )]
     MadeWay(Owner),
 }

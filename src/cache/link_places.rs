@@ -1,17 +1,21 @@
 //! Who has a link, where there are only so many. One host may have them all. When another one wants a link, it gets that of
-//! the host that has the most.
+//! the host that has the most; if it has none, and nobody has more than one, it gets an idle one.
 //!
 //! [`decide`] says who is next and for whom a link ends; [`LinkPlaces`] acts.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use crate::daemon::local_peers::Owner;
 use crate::daemon::sessions::{Session, Sessions};
+
+/// A link is idle on which nothing was moved for so long: a proxy keeps its link when it has sent all it had. Between two rounds
+/// of a migration it is less.
+const IDLE: Duration = Duration::from_secs(10);
 
 /// The links that may be up at once.
 #[derive(Debug)]
@@ -65,6 +69,12 @@ struct Link {
     moved: Instant,
 }
 
+impl Link {
+    fn is_idle(&self, now: Instant) -> bool {
+        !self.in_transfer && now.saturating_duration_since(self.moved) >= IDLE
+    }
+}
+
 /// What the decision is.
 #[derive(Debug, PartialEq, Eq)]
 struct Next {
@@ -76,8 +86,9 @@ struct Next {
 
 /// Who of those that wait, in the order in which they came, gets the next link. That is who has the fewest. If there is
 /// none, one of a host ends that has the most, and more than the newcomer will have: that on which nothing was moved for
-/// longest, and none in the middle of a transfer if another one can go.
-fn decide(links: &[Link], waiting: &[Owner], max: usize) -> Option<Next> {
+/// longest, and none in the middle of a transfer if another one can go. For who has none an idle one may end of a host that has no
+/// other.
+fn decide(links: &[Link], waiting: &[Owner], max: usize, now: Instant) -> Option<Next> {
     let mut counts = BTreeMap::<Owner, usize>::new();
     for link in links {
         *counts.entry(link.owner).or_default() += 1;
@@ -87,12 +98,12 @@ fn decide(links: &[Link], waiting: &[Owner], max: usize) -> Option<Next> {
     if links.len() < max {
         return Some(Next { waiting: index, ends: None });
     }
-    let most = counts.values().copied().max()?;
-    if most <= count(owner) + 1 {
-        return None;
-    }
-    let of_those = links.iter().filter(|link| count(&link.owner) == most);
-    let quietest = of_those.min_by_key(|link| (link.in_transfer, link.moved))?;
+    let (most, has) = (counts.values().copied().max()?, count(owner));
+    let may_end = |link: &&Link| {
+        count(&link.owner) == most && (most > has + 1 || (has == 0 && link.is_idle(now)))
+    };
+    let quietest =
+        links.iter().filter(may_end).min_by_key(|link| (link.in_transfer, link.moved))?;
     Some(Next { waiting: index, ends: Some(quietest.number) })
 }
 
@@ -167,7 +178,7 @@ impl State {
             })
             .collect();
         let owners: Vec<Owner> = self.waiting.values().map(|waiting| waiting.owner).collect();
-        let next = decide(&links, &owners, self.max)?;
+        let next = decide(&links, &owners, self.max, Instant::now())?;
         // It does not count from now on; what it still has to say it may.
         next.ends.and_then(|number| self.held.remove(&number));
         let waiting = *self.waiting.keys().nth(next.waiting)?;
@@ -224,7 +235,6 @@ impl Activity {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
     use tokio::time::error::Elapsed;
     use tokio::time::timeout;
 
@@ -242,6 +252,10 @@ mod tests {
         owners.iter().enumerate().map(link).collect()
     }
 
+    fn decide_now(links: &[Link], waiting: &[Owner], max: usize) -> Option<Next> {
+        decide(links, waiting, max, Instant::now())
+    }
+
     fn next(waiting: usize, ends: Option<u64>) -> Next {
         Next { waiting, ends }
     }
@@ -249,33 +263,45 @@ mod tests {
     #[test]
     fn a_free_place_is_for_the_host_with_the_fewest_links() {
         let two = links(&[(A, false), (A, false), (B, false)]);
-        assert_eq!(decide(&two, &[A, B, C, C], 4), Some(next(2, None)));
-        assert_eq!(decide(&two, &[A, B], 4), Some(next(1, None)));
-        assert_eq!(decide(&two, &[], 4), None);
+        assert_eq!(decide_now(&two, &[A, B, C, C], 4), Some(next(2, None)));
+        assert_eq!(decide_now(&two, &[A, B], 4), Some(next(1, None)));
+        assert_eq!(decide_now(&two, &[], 4), None);
     }
 
     #[test]
     fn who_has_all_of_them_waits_for_its_own() {
-        assert_eq!(decide(&links(&[(A, false), (A, false)]), &[A], 2), None);
+        assert_eq!(decide_now(&links(&[(A, false), (A, false)]), &[A], 2), None);
     }
 
     #[test]
     fn nobody_gets_more_than_who_gives() {
-        assert_eq!(decide(&links(&[(A, false)]), &[B], 1), None);
-        assert_eq!(decide(&links(&[(A, false), (A, false), (B, false)]), &[B], 3), None);
-        assert_eq!(decide(&links(&[(A, false), (B, false)]), &[C], 2), None);
+        assert_eq!(decide_now(&links(&[(A, false)]), &[B], 1), None);
+        assert_eq!(decide_now(&links(&[(A, false), (A, false), (B, false)]), &[B], 3), None);
+        assert_eq!(decide_now(&links(&[(A, false), (B, false)]), &[C], 2), None);
     }
 
     #[test]
     fn the_quietest_link_of_the_host_with_the_most_ends() {
         let all = [(B, false), (A, false), (A, false), (A, false)];
-        assert_eq!(decide(&links(&all), &[A, C], 4), Some(next(1, Some(1))));
+        assert_eq!(decide_now(&links(&all), &[A, C], 4), Some(next(1, Some(1))));
     }
 
     #[test]
     fn a_transfer_goes_on_if_another_link_can_end() {
-        assert_eq!(decide(&links(&[(A, true), (A, false)]), &[B], 2), Some(next(0, Some(1))));
-        assert_eq!(decide(&links(&[(A, true), (A, true)]), &[B], 2), Some(next(0, Some(0))));
+        assert_eq!(decide_now(&links(&[(A, true), (A, false)]), &[B], 2), Some(next(0, Some(1))));
+        assert_eq!(decide_now(&links(&[(A, true), (A, true)]), &[B], 2), Some(next(0, Some(0))));
+    }
+
+    #[test]
+    fn who_has_none_gets_an_idle_one_of_who_has_no_other() {
+        let all = links(&[(A, true), (B, false), (C, false)]);
+        let after = |idle| all[1].moved + idle;
+        let d = Owner::User(4);
+        assert_eq!(decide(&all, &[d], 3, after(IDLE / 2)), None);
+        assert_eq!(decide(&all, &[d], 3, after(IDLE)), Some(next(0, Some(1))));
+        assert_eq!(decide(&all, &[A, B], 3, after(IDLE)), None, "a second one is not for that");
+        let transfers = links(&[(A, true), (B, true)]);
+        assert_eq!(decide(&transfers, &[C], 2, after(10 * IDLE)), None);
     }
 
     async fn now<T>(done: impl Future<Output = T>) -> Result<T, Elapsed> {

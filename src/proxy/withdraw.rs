@@ -113,11 +113,54 @@ impl Withdrawal {
     async fn tell_late(self) {
         let Withdrawal { id, cache, .. } = &self;
         match self.ask(self.settings.link.give_up_after).await {
-            Ok(_) => tracing::info!(
-                criu_snapshot = id,
-                "the cache {cache} has heard late that snapshot {id} is withdrawn"
-            ),
+            Ok(withdrawn) => {
+                let (calls_for_somebody, what) = told_late(withdrawn, id, cache);
+                if calls_for_somebody {
+                    tracing::warn!(criu_snapshot = id, "{what}");
+                } else {
+                    tracing::info!(criu_snapshot = id, "{what}");
+                }
+            }
             Err(why) => tracing::debug!("the cache was not told that {id} is withdrawn: {why}"),
         }
+    }
+}
+
+/// What is said of an answer that came late, and whether somebody has to do something.
+fn told_late(withdrawn: Withdrawn, id: &str, cache: &str) -> (bool, String) {
+    match withdrawn {
+        Withdrawn::Withdrawn | Withdrawn::Unknown => {
+            (false, format!("the cache {cache} has heard late that snapshot {id} is withdrawn"))
+        }
+        Withdrawn::Taken => {
+            let why = "the process may run there and here: end one of the two";
+            (
+                true,
+                format!(
+                    "a restore has taken snapshot {id} at the cache {cache}, which heard too late that it is withdrawn: {why}"
+                ),
+            )
+        }
+        Withdrawn::Unsaid => {
+            let why = "see there, and if it is whole, drop it";
+            (
+                true,
+                format!("the cache {cache} cannot say whether snapshot {id} is withdrawn: {why}"),
+            )
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_may_run_twice_calls_for_somebody() {
+        let told = |withdrawn| told_late(withdrawn, "web", "hostb:9996");
+        let (calls, what) = told(Withdrawn::Taken);
+        assert!(calls && what.contains("a restore has taken snapshot web"), "{what}");
+        assert!(told(Withdrawn::Unsaid).0);
+        assert!(!told(Withdrawn::Withdrawn).0 && !told(Withdrawn::Unknown).0);
     }
 }

@@ -138,7 +138,7 @@ fn who_has_all_links_gives_one_to_another_host() {
     bed.ok(Host::A, &put);
     wait_until("it is in the journal", || {
         let ended = bed.journal(Host::B, &["-u", "criu-image-cache"]);
-        let why = "another host wants one, uid 65534 has the most of them";
+        let why = "another host wants one, none has more of them than uid 65534";
         ended.iter().any(|entry| entry["MESSAGE"].as_str().unwrap().contains(why))
     });
     let told = BufReader::new(holds.stdout.take().unwrap()).lines().map(Result::unwrap).nth(1);
