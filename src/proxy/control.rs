@@ -21,6 +21,7 @@ use crate::daemon::journal;
 use crate::daemon::places::Place;
 use crate::daemon::sessions::Peer;
 use crate::timeline::Phase;
+use crate::wire::message::short;
 
 /// What answers the control socket.
 pub(super) struct Control(pub(super) Rc<Proxy>);
@@ -67,7 +68,9 @@ impl Backend for Control {
         Ok(())
     }
 
-    async fn withdraw(&self, request: Withdraw) -> Result<Withdrawn, Refusal> {
+    async fn withdraw(&self, mut request: Withdraw) -> Result<Withdrawn, Refusal> {
+        // It may be kept for a while, and no more of it goes over the link.
+        request.reason = short(&request.reason);
         let cache = self.0.cache_for(request.to.as_deref())?;
         self.0.withdraw(&request, &cache).await.map_err(Refusal::Refused)
     }

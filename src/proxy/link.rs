@@ -29,7 +29,8 @@ use super::greeting::greet;
 
 /// The first pause between two attempts to connect; it doubles up to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// Whoever asks meanwhile whether there is a link waits for a few seconds only.
+const LAST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Every link of the proxy.
 #[derive(Debug)]

@@ -242,7 +242,8 @@ fn payload_range(kind: Kind) -> RangeInclusive<usize> {
     }
 }
 
-fn short(reason: &str) -> String {
+/// As much of a reason as a message may hold.
+pub fn short(reason: &str) -> String {
     cut(reason, REASON_MAX).to_owned()
 }
 
