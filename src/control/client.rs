@@ -59,6 +59,8 @@ pub struct Client {
     path: PathBuf,
     connection: Connection<zlink::unix::Stream>,
     answered: bool,
+    /// How long it waits for an answer of what only looks.
+    limit: Duration,
 }
 
 /// A call on its way out.
@@ -84,7 +86,14 @@ impl Client {
         let stream = UnixStream::connect(&path).await.map_err(unreachable)?;
         let stream = zlink::unix::Stream::try_from(stream)
             .map_err(|error| unreachable(io::Error::other(error)))?;
-        Ok(Client { path, connection: Connection::new(stream), answered: false })
+        let (connection, limit) = (Connection::new(stream), ANSWERS_WITHIN);
+        Ok(Client { path, connection, answered: false, limit })
+    }
+
+    /// Waits for every answer as long as the caller does, who has a limit of its own.
+    #[must_use]
+    pub fn patient(self) -> Client {
+        Client { limit: Duration::MAX, ..self }
     }
 
     /// The socket it is connected to.
@@ -299,11 +308,12 @@ impl Client {
         P: Serialize + std::fmt::Debug,
         R: DeserializeOwned + std::fmt::Debug,
     {
+        let limit = self.limit;
         let answer = self.call(method, parameters, Vec::new());
-        if let Ok(answer) = timeout(ANSWERS_WITHIN, answer).await {
+        if let Ok(answer) = timeout(limit, answer).await {
             return answer;
         }
-        let why = format!("the daemon has not answered for {ANSWERS_WITHIN:?}");
+        let why = format!("the daemon has not answered for {limit:?}");
         let source = io::Error::new(io::ErrorKind::TimedOut, why);
         Err(ClientError::Unreachable { path: self.path.clone(), source })
     }

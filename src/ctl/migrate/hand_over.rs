@@ -184,7 +184,8 @@ pub(super) async fn stands_still(socket: &Path) -> Failure {
 
 /// Whether the proxy can be asked; `None` if it does not answer in time.
 async fn answer(socket: &Path, limit: Duration) -> Option<Result<(), Failure>> {
-    let asked = timeout(limit, async { Client::connect(socket).await?.status().await }).await;
+    let status = async { Client::connect(socket).await?.patient().status().await };
+    let asked = timeout(limit, status).await;
     asked.ok().map(|answer| Ok(answer.map(drop)?))
 }
 
