@@ -8,7 +8,7 @@ use clap::Args;
 /// What follows the options in the help and the man page.
 pub(in crate::ctl) const HELP: &str = "\
 Examples:
-  criu-imagectl --proxy open /srv/web   # then: criu dump --stream -D /srv/web -t PID --action-script criu-imagectl
+  criu-imagectl --proxy open /srv/web   # then: criu dump --stream -D /srv/web -t PID, with the action script criu-imagectl
   criu-imagectl --cache open /srv/web   # then: criu restore --stream -D /srv/web
   criu-imagectl --proxy open --pages /srv/web   # then: criu pre-dump --page-server ...
 
