@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use crate::recorded::Recording;
 
 /// The releases. None can be missing unnoticed.
-const VERSIONS: [&str; 1] = ["0.1.0"];
+const VERSIONS: [&str; 2] = ["0.1.0", "0.1.1"];
 
 /// Files of a release that are kept as they were.
 const FILES: [&str; 3] =
