@@ -114,16 +114,31 @@ fn with_daemon<F: Future<Output = ()>>(
     allowed: fn(u32) -> bool,
     test: impl FnOnce(PathBuf, Rc<Fake>) -> F,
 ) {
+    let admit = move |socket: &UnixStream| {
+        let uid = socket.peer_cred().unwrap().uid();
+        allowed(uid).then_some(Peer { uid, pid: 0 })
+    };
+    with_daemon_that(admit, test);
+}
+
+/// The same where the socket is not asked who comes: the test says whose uid that is.
+fn with_comers<F: Future<Output = ()>>(test: impl FnOnce(PathBuf, Rc<Fake>, Rc<Cell<u32>>) -> F) {
+    let uid = Rc::new(Cell::new(0));
+    let comes = uid.clone();
+    let admit = move |_: &UnixStream| Some(Peer { uid: comes.get(), pid: 0 });
+    with_daemon_that(admit, |path, fake| test(path, fake, uid));
+}
+
+fn with_daemon_that<F: Future<Output = ()>>(
+    admit: impl Fn(&UnixStream) -> Option<Peer> + 'static,
+    test: impl FnOnce(PathBuf, Rc<Fake>) -> F,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("control.sock");
     LocalSet::new().block_on(&runtime, async {
         let listener = UnixListener::bind(&path).unwrap();
         let fake = Rc::new(Fake::default());
-        let admit = move |socket: &tokio::net::UnixStream| {
-            let uid = socket.peer_cred().unwrap().uid();
-            allowed(uid).then_some(Peer { uid, pid: 0 })
-        };
         let daemon = tokio::task::spawn_local(serve(listener, admit, Rc::clone(&fake)));
         timeout(Duration::from_secs(30), test(path.clone(), fake)).await.unwrap();
         assert!(!daemon.is_finished());
@@ -390,19 +405,9 @@ fn pages_come_over_tcp_as_well() {
 
 #[test]
 fn the_calls_of_one_user_keep_no_other_from_the_socket() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("control.sock");
-    LocalSet::new().block_on(&runtime, async {
-        let listener = UnixListener::bind(&path).unwrap();
-        let fake = Rc::new(Fake::default());
+    with_comers(async |path, fake, uid| {
         fake.set("web", SnapshotState::Receiving, 5);
-        // The socket is asked who comes: here the test says so.
         let (user, own) = (4711, rustix::process::geteuid().as_raw());
-        let uid = Rc::new(Cell::new(user));
-        let comes = uid.clone();
-        let admit = move |_: &UnixStream| Some(Peer { uid: comes.get(), pid: 0 });
-        tokio::task::spawn_local(serve(listener, admit, fake));
         let call = |method: &str, more: bool| {
             let parameters = r#"{"id":"web"}"#;
             format!(
@@ -439,15 +444,7 @@ fn the_calls_of_one_user_keep_no_other_from_the_socket() {
 
 #[test]
 fn idle_connections_of_one_user_turn_out_their_own() {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("control.sock");
-    LocalSet::new().block_on(&runtime, async {
-        let listener = UnixListener::bind(&path).unwrap();
-        let uid = Rc::new(Cell::new(0));
-        let comes = uid.clone();
-        let admit = move |_: &UnixStream| Some(Peer { uid: comes.get(), pid: 0 });
-        tokio::task::spawn_local(serve(listener, admit, Rc::new(Fake::default())));
+    with_comers(async |path, _, uid| {
         let mut root = Client::connect(&path).await.unwrap();
         root.status().await.unwrap();
         uid.set(4711);

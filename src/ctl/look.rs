@@ -61,7 +61,7 @@ pub(super) async fn show(daemon: &Daemon, output: Output, id: &str) -> Result<()
 }
 
 /// Of a snapshot whose pages were not copied in time.
-const MEMORY: &str = "its memory may have changed before it was copied";
+const MEMORY: &str = "may have changed before it was copied";
 
 /// Drops snapshots; one that cannot be dropped does not keep the others.
 pub(super) async fn drop_all(
@@ -168,7 +168,7 @@ fn list_text(snapshots: &[Snapshot]) -> String {
 /// Why a snapshot is damaged, or what else is to be known of it.
 fn remark(snapshot: &Snapshot) -> String {
     match snapshot.memory_may_have_changed {
-        Some(true) if snapshot.reason.is_empty() => MEMORY.to_owned(),
+        Some(true) if snapshot.reason.is_empty() => format!("its memory {MEMORY}"),
         _ => clean(&snapshot.reason),
     }
 }
@@ -187,7 +187,7 @@ fn show_text(snapshot: &Snapshot, images: &[Image]) -> String {
         line("view", &format!("needed: {}", snapshot.needs_view));
     }
     if snapshot.memory_may_have_changed == Some(true) {
-        line("memory", MEMORY.trim_start_matches("its memory "));
+        line("memory", MEMORY);
     }
     line("peer", &snapshot.peer);
     line("images", &snapshot.images.to_string());

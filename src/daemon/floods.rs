@@ -18,6 +18,7 @@ use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
 use super::journal;
+use super::local_peers::network;
 
 /// So many messages of one kind about one host are said.
 const SAID: u64 = 100;
@@ -171,9 +172,7 @@ impl Host {
         match ip {
             Ok(IpAddr::V4(ip)) => Host::named(&ip.to_string()),
             Ok(IpAddr::V6(ip)) => {
-                let within =
-                    |bits: u32| Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << (128 - bits)));
-                Host { name: format!("{}/64", within(64)), site: Some(within(48)) }
+                Host { name: format!("{}/64", network(ip, 64)), site: Some(network(ip, 48)) }
             }
             // "pid N (uid N)", for one.
             Err(_) => match peer.split_once(" (").and_then(|(_, user)| user.strip_suffix(')')) {

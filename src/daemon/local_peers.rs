@@ -52,10 +52,15 @@ pub enum Owner {
 impl Owner {
     fn host(ip: IpAddr) -> Owner {
         Owner::Host(match ip.to_canonical() {
-            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
+            IpAddr::V6(ip) => network(ip, 64).into(),
             IpAddr::V4(ip) => ip.into(),
         })
     }
+}
+
+/// The network of so many bits, up to 128 and at least one, that an address is in.
+pub fn network(ip: Ipv6Addr, bits: u32) -> Ipv6Addr {
+    Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << (128 - bits)))
 }
 
 impl fmt::Display for Owner {

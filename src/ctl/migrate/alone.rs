@@ -4,13 +4,14 @@
 //! the same process would hide from the first one what was written to between two of its rounds: that would go
 //! nowhere, and the restored process would find its memory as it was before.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
+use super::memory::parent;
 use crate::ctl::exit::Failure;
 
 /// A process and all its children are moved by nobody else as long as this is there. The lock is on the file by which the kernel
@@ -65,14 +66,6 @@ fn lock(pid: u32, how: FlockOperation) -> io::Result<File> {
     }
     fcntl_setfd(file.as_fd(), FdFlags::empty())?;
     Ok(file)
-}
-
-/// The process whose child it is; `None` if there is none in this PID namespace.
-fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before it may have anything in it.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    rest.split(' ').nth(1)?.parse().ok().filter(|parent| *parent != 0)
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ const IMAGE_DIR: &str = "CRTOOLS_IMAGE_DIR";
 const WITHDRAWN_WITHIN: Duration = Duration::from_secs(5);
 /// How often the proxy is asked whether it is there, and how long it may take to say so.
 const ASKED_EVERY: Duration = Duration::from_secs(2);
-pub(super) const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// The same for a CRIU that is sending pages: it cannot be asked to stop, so it gets more time.
 const ANSWERS_CRIU_WITHIN: Duration = Duration::from_secs(10);
 

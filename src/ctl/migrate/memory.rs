@@ -53,10 +53,20 @@ pub(super) fn name(pid: u32) -> io::Result<String> {
 
 /// Whether a process is there and not dead, which it is before its parent has heard of it.
 pub(super) fn lives(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name before it may have anything in it.
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    let state = stat(pid).and_then(|fields| fields.chars().next());
     state.is_some_and(|state| !"ZX".contains(state))
+}
+
+/// The process whose child it is; `None` if there is none in this PID namespace.
+pub(super) fn parent(pid: u32) -> Option<u32> {
+    stat(pid)?.split(' ').nth(1)?.parse().ok().filter(|parent| *parent != 0)
+}
+
+/// What the kernel says of a process after its name (see proc(5)): its state comes first.
+fn stat(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may have anything in it.
+    stat.rsplit_once(") ").map(|(_, fields)| fields.to_owned())
 }
 
 /// The memory that a dump of these processes has to bring, in bytes: what is in memory or swapped

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::param::page_size;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::args::Migrate;
 use super::beforehand::{self, rehearse, tracking};
 use super::commands::Commands;
 use super::decision::{Decided, Decision};
-use super::hand_over::{ANSWERS_WITHIN, HandOver, in_a_line, runs_on, stands_still};
+use super::hand_over::{HandOver, in_a_line, runs_on, stands_still};
 use super::plan::{self, Dirty, Extent, Forecast, Plan, Round, Step};
 use super::report::{self, DumpTold, ForecastTold, Outcome, RoundTold, Summary, ms};
 use super::{memory, this_program};
@@ -344,8 +344,8 @@ impl<'a> Migration<'a> {
     /// Adds what the proxy knows of it: CRIU says only that its page server has gone.
     async fn with_reason_of_proxy(&self, failure: Failure) -> Failure {
         let shown = async { Client::connect(&self.proxy).await?.show(&self.id).await };
-        match timeout(ANSWERS_WITHIN, shown).await {
-            Ok(Ok((snapshot, _))) if !snapshot.reason.is_empty() => {
+        match shown.await {
+            Ok((snapshot, _)) if !snapshot.reason.is_empty() => {
                 failure.with_reason_of_proxy(&clean(&snapshot.reason))
             }
             _ => failure,
