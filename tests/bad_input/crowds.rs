@@ -129,7 +129,7 @@ fn the_messages_that_a_peer_causes_without_end_are_summed_up() {
         proxy.link.send(&Message::SnapshotAbort(SnapshotAbort { snapshot, reason }));
     }
     proxy.whole(500, "db", "core-7.img", RECORDS);
-    assert_eq!(cache.count_log("given up ("), 100);
+    cache.assert_logged("given up (", 100);
     let log = cache.stop();
     let told: Vec<_> = log.lines().filter(|line| line.contains("given up (")).collect();
     assert_eq!(told.len(), 101);

@@ -200,7 +200,14 @@ impl Daemon {
         }
     }
 
-    /// How many lines of the log have this by now.
+    /// Waits until as many lines of the log have this, and finds that no more do by then.
+    pub(crate) fn assert_logged(&self, part: &str, times: usize) {
+        // What a daemon has written is read by a thread of this test a little later.
+        eventually(|| self.count_log(part) >= times);
+        assert_eq!(self.count_log(part), times, "{part} in\n{}", self.log.text());
+    }
+
+    /// How many lines of the log have this by now, of those that were read.
     pub(crate) fn count_log(&self, part: &str) -> usize {
         self.log.0.0.lock().unwrap().iter().filter(|line| line.contains(part)).count()
     }

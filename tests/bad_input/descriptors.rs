@@ -45,7 +45,7 @@ fn a_cache_full_of_restores_serves_on() {
     assert!(!restores[0].reply().unwrap());
     // Ten attempts to accept, and no more said about them.
     restores[1].assert_waits();
-    assert_eq!(cache.count_log(FULL), 1);
+    cache.assert_logged(FULL, 1);
     drop(restores);
     cache.assert_alive();
     ProxyStandin::connect(address).whole(0, "fresh", "core-7.img", RECORDS);
@@ -111,7 +111,7 @@ fn a_proxy_full_of_dumps_serves_on() {
     (&open).write_all(RECORDS).unwrap();
     drop((open, dump));
     cache.assert_log(&["snapshot web is whole"]);
-    assert_eq!(proxy.count_log(FULL), 1);
+    proxy.assert_logged(FULL, 1);
     drop(idle);
     proxy.assert_alive();
     Bystander::begin(&proxy, &cache, address).finish();

@@ -37,7 +37,7 @@ fn a_sender_that_waits_for_each_piece_is_told_of_once() {
         cache.assert_receiving("web", (piece + 1) * PIECE.len() as u64);
     }
     cache.assert_log(&["WARN", "snapshot web waits for room", &web.link.address()]);
-    assert_eq!(cache.count_log("waits for room"), 1);
+    cache.assert_logged("waits for room", 1);
 }
 
 #[test]
@@ -54,9 +54,9 @@ fn a_link_that_is_lost_again_and_again_is_told_of_once() {
         proxy.assert_log(&["WARN", &format!("snapshot {id} damaged"), "broke"]);
         assert_unread(&open);
     }
-    assert_eq!(proxy.count_log("lost with 1 snapshots under way"), 1);
-    assert_eq!(proxy.count_log("is up again"), 1);
-    assert_eq!(proxy.count_log("(standin) is up"), 2, "the first time, and again");
+    proxy.assert_logged("lost with 1 snapshots under way", 1);
+    proxy.assert_logged("is up again", 1);
+    proxy.assert_logged("(standin) is up", 2); // The first time, and again.
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn a_cache_that_is_not_there_is_told_of_once_and_when_it_is_back() {
         proxy.assert_log(&["WARN", &format!("snapshot {id} damaged"), "refused"]);
         proxy.assert_log(&["WARN", &missing, "refused"]);
     }
-    assert_eq!(proxy.count_log(&missing), 1);
+    proxy.assert_logged(&missing, 1);
     let _cache = Daemon::cache_at(address, &[], None).unwrap();
     let mut criu = Criu::in_dir_of("three", &proxy);
     criu.write("core-7.img", RECORDS);
