@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use crate::criu::{Criu, RECORDS};
-use crate::daemons::Daemon;
+use crate::daemons::{Daemon, eventually};
 use crate::hosts::Bystander;
 use crate::proxy_standin::ProxyStandin;
 
@@ -48,6 +48,9 @@ fn a_cache_full_of_restores_serves_on() {
     cache.assert_logged(FULL, 1);
     drop(restores);
     cache.assert_alive();
+    // The last of all that wait to be accepted.
+    assert!(!Criu::restore(&cache).ask("cgroup.img"));
+    assert!(eventually(|| cache.sessions() == 0));
     ProxyStandin::connect(address).whole(0, "fresh", "core-7.img", RECORDS);
     assert_eq!(Criu::in_dir_of("fresh", &cache).read("core-7.img"), RECORDS);
 }
@@ -63,7 +66,8 @@ fn a_cache_full_of_links_serves_on() {
     end_all_images(&mut proxy);
     drop(links);
     cache.assert_alive();
-    ProxyStandin::connect(address).whole(0, "fresh", "core-7.img", RECORDS);
+    let mut proxy = ProxyStandin::connect_when_there_is_room(address);
+    proxy.whole(0, "fresh", "core-7.img", RECORDS);
 }
 
 #[test]

@@ -57,10 +57,21 @@ impl Link {
     }
 
     /// Receives the preface.
+    #[track_caller]
     pub(crate) fn receive_preface(&mut self) {
+        assert!(self.is_answered(), "the daemon closes the link");
+    }
+
+    /// Receives the preface, if the daemon does not close the link instead.
+    pub(crate) fn is_answered(&mut self) -> bool {
         let mut bytes = [0; PREFACE_LEN];
-        self.stream.read_exact(&mut bytes).unwrap();
-        assert_eq!(bytes, frame::preface());
+        match self.stream.read_exact(&mut bytes) {
+            Ok(()) => assert_eq!(bytes, frame::preface()),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return false,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return false,
+            Err(error) => panic!("{error}"),
+        }
+        true
     }
 
     /// The next message that is not said in passing, with its payload; `None` at the end of the link.

@@ -12,6 +12,7 @@ use criu_image_relay::wire::spaces::space;
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
 use crate::criu::RECORDS;
+use crate::daemons::eventually;
 use crate::link::Link;
 
 /// A proxy, linked to a cache.
@@ -34,14 +35,31 @@ impl ProxyStandin {
         ProxyStandin::on(socket.into())
     }
 
+    /// Connects again and again, until the cache has a descriptor for what admits a link, too.
+    pub(crate) fn connect_when_there_is_room(cache: SocketAddr) -> ProxyStandin {
+        let mut welcome = None;
+        assert!(eventually(|| {
+            welcome = ProxyStandin::try_on(TcpStream::connect(cache).unwrap());
+            welcome.is_some()
+        }));
+        welcome.unwrap()
+    }
+
     fn on(stream: TcpStream) -> ProxyStandin {
+        ProxyStandin::try_on(stream).expect("a welcome")
+    }
+
+    /// Shakes hands, if the cache does not close the link instead.
+    fn try_on(stream: TcpStream) -> Option<ProxyStandin> {
         let mut link = Link::new(stream);
-        link.say(&frame::preface());
-        link.send(&Message::Hello(Hello { name: "standin".to_owned(), features: Vec::new() }));
-        link.receive_preface();
-        let (answer, _) = link.receive().expect("a welcome");
+        let hello = Message::Hello(Hello { name: "standin".to_owned(), features: Vec::new() });
+        let is_said = link.try_say(&frame::preface()) && link.try_send(&hello);
+        if !is_said || !link.is_answered() {
+            return None;
+        }
+        let (answer, _) = link.receive()?;
         assert!(matches!(answer, Message::Welcome(_)), "{answer:?}");
-        ProxyStandin { link }
+        Some(ProxyStandin { link })
     }
 
     pub(crate) fn begin(&mut self, snapshot: u32, id: &str) {
