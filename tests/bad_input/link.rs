@@ -7,7 +7,7 @@ use std::time::Duration;
 use criu_image_relay::wire::frame::{self, HEADER_LEN, Header, PREFACE_LEN};
 use criu_image_relay::wire::message::Message;
 
-use crate::daemons::SOON;
+use crate::daemons::{SOON, is_end};
 
 /// A TCP connection to a daemon.
 pub(crate) struct Link {
@@ -67,8 +67,7 @@ impl Link {
         let mut bytes = [0; PREFACE_LEN];
         match self.stream.read_exact(&mut bytes) {
             Ok(()) => assert_eq!(bytes, frame::preface()),
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return false,
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => return false,
+            Err(error) if is_end(error.kind()) => return false,
             Err(error) => panic!("{error}"),
         }
         true

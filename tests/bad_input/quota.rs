@@ -60,6 +60,7 @@ fn a_dump_waits_at_the_quota_and_goes_on_when_bytes_are_freed() {
         }
     }
     hosts.cache.assert_state("second", SnapshotState::Receiving);
+    assert_eq!(hosts.cache.count_log("snapshot second is whole"), 0);
     hosts.cache.drop_snapshot("first");
     hosts.cache.assert_log(&["snapshot second is whole"]);
     hosts.proxy.assert_log(&["snapshot second sent"]);

@@ -12,7 +12,7 @@ use criu_image_relay::criu::remote::{CACHE_SOCKET, LENGTH_LEN, PROXY_SOCKET, Rep
 use rustix::io::Errno;
 
 use crate::criu::{A_WHILE, pass, pipe};
-use crate::daemons::{Daemon, SOON, Settings};
+use crate::daemons::{Daemon, SOON, Settings, is_end};
 use crate::hosts::Hosts;
 
 /// A connected client.
@@ -187,10 +187,6 @@ impl Remote {
         assert_eq!(reply.size, Some(bytes.len() as u64));
         Ok(bytes)
     }
-}
-
-fn is_end(kind: ErrorKind) -> bool {
-    matches!(kind, ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof)
 }
 
 /// Begins an acknowledged image; the cache has accepted it.

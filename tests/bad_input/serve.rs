@@ -172,8 +172,11 @@ fn peers_that_come_and_go_without_a_request_are_no_restores() {
         drop(Criu::restore(&cache));
     }
     assert_eq!(Criu::restore(&cache).read("inventory.img"), RECORDS);
+    cache.assert_log(&["WARN", "a restore by", "it has not read pages-1.img to the end"]);
     let log = cache.stop();
     assert_eq!(log.matches("a restore by").count(), 1, "the one that has read:\n{log}");
+    let (served, _) = log.split_once("criu-image-cache stops").unwrap();
+    assert_eq!(served.matches("WARN").count(), 1, "of that one:\n{log}");
 }
 
 #[test]
